@@ -1,0 +1,1 @@
+"""Bridges between frameworks and onnxprune."""

@@ -1,0 +1,99 @@
+"""How much from each: spreading one sparsity over several weights.
+
+An allocation takes the units of all weights that an entry of the configuration governs and the share of their
+entries to remove, and returns the units to remove. Adding an allocation is one function in ALLOCATIONS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from onnxprune.algorithms.patterns import Units
+from onnxprune.algorithms.select import lowest
+
+Allocation = Callable[[Sequence[Units], float], list[np.ndarray]]
+
+
+def uniform(weights: Sequence[Units], sparsity: float) -> list[np.ndarray]:
+    """The same share of every weight: int(n * sparsity) entries of each."""
+    return [take([units], int(units.entries * sparsity))[0] for units in weights]
+
+
+def globally(weights: Sequence[Units], sparsity: float) -> list[np.ndarray]:
+    """One ranking over all weights: int(N * sparsity) entries of them together."""
+    return take(weights, int(sum(units.entries for units in weights) * sparsity))
+
+
+def erk(weights: Sequence[Units], sparsity: float) -> list[np.ndarray]:
+    """Erdős-Rényi-Kernel (Evci et al. 2020, "Rigging the lottery", section 3): small weights stay denser.
+
+    The density of a weight is proportional to (sum of its dimensions) / (product of its dimensions), at most 1;
+    int(N * sparsity) entries go in total.
+    """
+    sizes = np.array([units.entries for units in weights], np.float64)
+    raw = np.array([sum(units.shape) / units.entries if units.entries else 0.0 for units in weights])
+    total = int(sum(units.entries for units in weights) * sparsity)
+    full = np.zeros(len(weights), np.bool_)
+    share = np.zeros(len(weights))
+    while True:  # a weight whose density would pass 1 stays whole, the others make up for it
+        room = sizes.sum() - total - sizes[full].sum()
+        part = (raw * sizes)[~full].sum()
+        share = np.where(full, 1.0, raw * (room / part if part > 0 else 0.0))
+        over = (share > 1) & ~full
+        if not over.any():
+            break
+        full |= over
+    wanted = sizes * (1 - np.clip(share, 0, 1))
+    counts = np.floor(wanted).astype(np.int64)
+    missing = total - int(counts.sum())
+    room_left = sizes.astype(np.int64) - counts
+    for index in np.argsort(-(wanted - counts), kind="stable"):
+        if missing > 0 and room_left[index] > 0:
+            counts[index] += 1
+            room_left[index] -= 1
+            missing -= 1
+    return [take([units], int(count))[0] for units, count in zip(weights, counts, strict=True)]
+
+
+def below(quality: float) -> Allocation:
+    """Every unit whose |score| is under `quality`, whatever share that is (held ones included)."""
+
+    def allocate(weights: Sequence[Units], sparsity: float) -> list[np.ndarray]:
+        chosen = [np.abs(units.scores) < quality for units in weights]
+        return [c if u.held is None else c | u.held for c, u in zip(chosen, weights, strict=True)]
+
+    return allocate
+
+
+ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform, "global": globally, "erk": erk}
+
+
+def take(weights: Sequence[Units], budget: int) -> list[np.ndarray]:
+    """The units of smallest score, over all weights together, that fit a number of entries.
+
+    Units of one size: exactly budget // size of them, ties by order. Units of several sizes are taken in order
+    of score until the next one would pass the budget.
+
+    Args:
+        weights: the units of each weight.
+        budget: entries to remove at most; those of units held from earlier count.
+
+    Returns:
+        For each weight a boolean array of its units' shape, True where removed.
+    """
+    sizes = {int(u.sizes) for u in weights if isinstance(u.sizes, int)}
+    if len(sizes) <= 1 and all(isinstance(u.sizes, int) for u in weights):
+        size = sizes.pop() if sizes else 1
+        return lowest([u.scores for u in weights], budget // size, held=[u.held for u in weights])
+    scores = np.concatenate([np.abs(u.scores).reshape(-1).astype(np.float64) for u in weights])
+    held = np.concatenate([np.zeros(u.scores.size, np.bool_) if u.held is None else u.held.reshape(-1) for u in weights])
+    cost = np.concatenate([np.broadcast_to(u.sizes, u.scores.shape).reshape(-1) for u in weights])
+    order = np.lexsort((np.arange(scores.size), scores, ~held))
+    fits = np.cumsum(cost[order]) <= budget
+    fits |= held[order]
+    removed = np.zeros(scores.size, np.bool_)
+    removed[order] = fits & np.isfinite(scores[order])
+    bounds = np.cumsum([u.scores.size for u in weights])[:-1]
+    return [part.reshape(u.scores.shape) for part, u in zip(np.split(removed, bounds), weights, strict=True)]

@@ -1,0 +1,128 @@
+"""Deciding: score, pattern, allocation and schedule put together, entry by entry of a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnxprune.algorithms import patterns, scores
+from onnxprune.algorithms.allocate import ALLOCATIONS, below
+from onnxprune.algorithms.schedules import cubic
+from onnxprune.config import AGPEntry, Config, Entry, SensitivityEntry
+from onnxprune.errors import PruneError
+from onnxprune.graph.weights import Skipped, Weight, check_finite
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How far training is: the epoch, and the optimizer steps taken. None is the end of every schedule."""
+
+    epoch: int | None = None
+    step: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What happens to one weight: the entries kept (stored shape), and how many were zero before and are after."""
+
+    weight: Weight
+    keep: np.ndarray
+    zeros_before: int
+    zeros: int
+
+
+def decide(
+    config: Config,
+    weights: Iterable[Weight],
+    clock: Clock | None = None,
+    held: Mapping[str, np.ndarray] | None = None,
+    factors: Mapping[str, float] | None = None,
+) -> tuple[list[Decision], list[Skipped]]:
+    """The masks of all weights a configuration governs, at one point in time.
+
+    Args:
+        config: the validated configuration.
+        weights: the weights of the model.
+        clock: where in its schedule each entry is; the end unless given.
+        held: masks from earlier (True is kept, stored shape); what they removed stays removed.
+        factors: for the sensitivity pruner, each weight's measured factor in (0, 1]; 1 where it has none.
+
+    Returns:
+        One decision per governed weight, in the order given, and the weights whose pattern cannot be had.
+
+    Raises:
+        PruneError: an entry matches nothing; a weight is not finite; a held mask does not fit.
+    """
+    weights = list(weights)
+    clock, held, factors = clock or Clock(), held or {}, factors or {}
+    decisions: dict[str, Decision] = {}
+    skipped: list[Skipped] = []
+    for index, chosen in config.assign(weights):
+        entry = config.entries[index]
+        pattern = patterns.parse(entry.pattern)
+        fitting = []
+        for weight in chosen:
+            reason = pattern.misfit(weight.role_shape)
+            if reason:
+                skipped.append(Skipped(weight.name, weight.op_type, f"pattern {pattern.name} does not fit: {reason}"))
+            else:
+                fitting.append(weight)
+        for decision in _decide_entry(entry, pattern, fitting, clock, held, factors):
+            decisions[decision.weight.name] = decision
+    return [decisions[w.name] for w in weights if w.name in decisions], skipped
+
+
+def target(entry: Entry, clock: Clock) -> float | None:
+    """The sparsity an entry asks for at a point in time; None where nothing is pruned yet."""
+    final = entry.final()
+    if isinstance(entry, (AGPEntry, SensitivityEntry)) and final is not None:
+        time = clock.epoch if entry.counts == "epoch" else clock.step
+        start, end = entry.span
+        return cubic(entry.initial_sparsity, final, start, end, entry.frequency)(float("inf") if time is None else time)
+    return final
+
+
+def _decide_entry(
+    entry: Entry,
+    pattern: patterns.Pattern,
+    weights: list[Weight],
+    clock: Clock,
+    held: Mapping[str, np.ndarray],
+    factors: Mapping[str, float],
+) -> list[Decision]:
+    share = target(entry, clock)
+    allocation = ALLOCATIONS[entry.allocation]
+    if isinstance(entry, SensitivityEntry) and entry.quality is not None:
+        allocation, share = below(entry.quality), 0.0
+    units, zeros_before = [], []
+    for weight in weights:
+        values = weight.values()
+        check_finite(weight, values)
+        zeros_before.append(int(values.size - np.count_nonzero(values)))
+        score = scores.relative(factors.get(weight.name, 1.0)) if isinstance(entry, SensitivityEntry) else scores.SCORES[entry.score]
+        units.append(pattern.units(score(values), _held(weight, held)))
+    if share is None:  # before the first update, what was pruned earlier stays pruned
+        removed = [np.zeros(u.scores.shape, np.bool_) if u.held is None else u.held for u in units]
+    else:
+        removed = allocation(units, share) if units else []
+    decisions = []
+    for weight, unit, gone, before in zip(weights, units, removed, zeros_before, strict=True):
+        entries = pattern.entries(gone, unit.shape)
+        keep = weight.stored(~entries)
+        zeros = before + int(np.count_nonzero(weight.values()[entries])) if before else int(np.count_nonzero(entries))
+        decisions.append(Decision(weight, keep, before, zeros))
+    return decisions
+
+
+def _held(weight: Weight, held: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    if weight.name not in held:
+        return None
+    mask = held[weight.name]
+    if mask.shape != weight.shape:
+        raise PruneError(
+            f"the mask held for weight '{weight.name}' has the shape {list(mask.shape)}, the weight {list(weight.shape)}: "
+            "it belongs to another model; use a new pruner"
+        )
+    return ~weight.role(mask)

@@ -1,0 +1,58 @@
+"""Which entries matter: a number per entry of a weight; the entries of smallest absolute score go first.
+
+Adding a score is one function in SCORES: it takes a weight's values in role order (output, input, *kernel)
+and returns an array of the same shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+Score = Callable[[np.ndarray], np.ndarray]
+
+
+def magnitude(values: np.ndarray) -> np.ndarray:
+    """|w| (Han et al. 2015): the values themselves, since ranking is by absolute value. No copy."""
+    return values
+
+
+def relative(factor: float) -> Score:
+    """|w| in units of the weight's standard deviation, times 1/factor (Han et al. 2015, section 3).
+
+    Ranking all weights together by it is thresholding each at quality * factor * std, for one quality.
+    """
+
+    def score(values: np.ndarray) -> np.ndarray:
+        spread = deviation(values) * factor
+        wide = values if values.dtype == np.float64 else values.astype(np.float32)
+        return wide / wide.dtype.type(spread) if spread > 0 else np.abs(wide)
+
+    return score
+
+
+SCORES: dict[str, Score] = {"magnitude": magnitude}
+
+
+def deviation(values: np.ndarray) -> float:
+    """Standard deviation, the same to the last bit on every machine.
+
+    Sums in floating point depend on their order, and so on the processor; here the values are rounded to
+    2^-20 of the largest one and summed as integers.
+    """
+    if values.size == 0:
+        return 0.0
+    wide = values.reshape(-1)
+    top = float(np.max(np.abs(wide)))
+    if top == 0:
+        return 0.0
+    shift = 20 - math.frexp(top)[1]
+    total = squares = 0
+    for start in range(0, wide.size, 2**20):  # 2^20 squares of 20 bits just fit 64
+        whole = np.rint(np.ldexp(wide[start : start + 2**20].astype(np.float64), shift)).astype(np.int64)
+        total += int(whole.sum())
+        squares += int((whole * whole).sum())
+    variance = (squares * wide.size - total * total) / wide.size**2
+    return math.ldexp(math.sqrt(variance), -shift)

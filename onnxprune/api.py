@@ -1,0 +1,303 @@
+"""The front door: prune a model, look into one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import onnx
+
+from onnxprune import config as configuration
+from onnxprune._version import __version__
+from onnxprune.algorithms.pruner import Clock, Decision, decide
+from onnxprune.errors import PruneError
+from onnxprune.graph.masks import Masks
+from onnxprune.graph.model import Model, ModelSource, load
+from onnxprune.graph.weights import Skipped, Weight, find
+
+if TYPE_CHECKING:
+    from onnxprune.runtime.evaluate import Evaluation
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight of a report: its stored shape, its number of entries, and how many of them are zero."""
+
+    name: str
+    op_type: str
+    shape: tuple[int, ...]
+    size: int
+    zeros_before: int
+    zeros: int
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros."""
+        return self.zeros / self.size if self.size else 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was done: one row per weight that was pruned, and the weights left alone with the reasons."""
+
+    rows: tuple[Row, ...]
+    skipped: tuple[Skipped, ...]
+
+    @property
+    def size(self) -> int:
+        """Entries of all rows."""
+        return sum(row.size for row in self.rows)
+
+    @property
+    def zeros(self) -> int:
+        """Zeros of all rows."""
+        return sum(row.zeros for row in self.rows)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over all rows."""
+        return self.zeros / self.size if self.size else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        rows = [{**asdict(row), "shape": list(row.shape), "sparsity": row.sparsity} for row in self.rows]
+        return {"weights": rows, "skipped": [asdict(s) for s in self.skipped], "size": self.size, "zeros": self.zeros, "sparsity": self.sparsity}
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A pruned model.
+
+    Attributes:
+        masks: weight name -> boolean array of the stored shape, True is kept.
+        report: one row per weight, and the ones skipped, with reasons.
+        evaluation: dense beside pruned under onnxruntime, where data was given.
+        path: the file written; None where none was asked for, or the gate was not met.
+        accepted: False where accuracy fell by more than `max_drop`.
+    """
+
+    model: Model = field(repr=False)
+    masks: Masks
+    report: Report
+    evaluation: Evaluation | None = None
+    path: Path | None = None
+    accepted: bool = True
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over the weights that the configuration governs."""
+        return self.report.sparsity
+
+    def save(self, path: str | os.PathLike[str], *, sparse: bool = False, force: bool = False) -> Path:
+        """Write the pruned model: to a temporary file in the target's folder, then renamed.
+
+        Args:
+            path: the target; external data goes to a new file beside it.
+            sparse: store initializers above the break-even sparsity as sparse_initializer.
+            force: allow the target to be the source.
+        """
+        target = Path(path)
+        _check_target(self.model, target, force)
+        with self.model.stage(target, sparse_storage=sparse) as staged:
+            return staged.commit()
+
+    def to_proto(self) -> onnx.ModelProto:
+        """The pruned model as one protobuf, external data loaded."""
+        return self.model.to_proto()
+
+
+class Pruner:
+    """A configuration at work on models; knows where in its schedule it is.
+
+    Args:
+        config_list: a list of entries, a mapping around one, or the path of a file with either.
+        options: `score`, `pattern`, `allocation`: defaults of all entries.
+    """
+
+    kind: ClassVar[str | None] = None
+
+    def __init__(self, config_list: configuration.ConfigSource, **options: Any) -> None:
+        self.config = configuration.load(config_list, **{"pruner": self.kind, **options})
+        self.clock = Clock()
+        self.masks = Masks()
+
+    def update_epoch(self, epoch: int) -> None:
+        """Move schedules that count epochs to `epoch`; what is pruned by then stays pruned from now on."""
+        self.clock = Clock(int(epoch), self.clock.step or 0)
+
+    def step(self, steps: int = 1) -> None:
+        """Move schedules that count optimizer steps on."""
+        self.clock = Clock(self.clock.epoch or 0, (self.clock.step or 0) + steps)
+
+    def prune(self, model: ModelSource, *, epoch: int | None = None, step: int | None = None, **options: Any) -> Result:
+        """Prune a model at one point of the schedule.
+
+        Args:
+            model: a path, an onnx.ModelProto or an onnx_ir.Model; it is not changed.
+            epoch: the epoch to prune for; otherwise that of the last `update_epoch`, or the end of the schedule.
+            step: the same for optimizer steps.
+            options: as for `onnxprune.prune`.
+        """
+        following = epoch is None and step is None and self.clock != Clock()
+        clock = self.clock if following else Clock(epoch, step)
+        result = run(model, self.config, clock=clock, held=self.masks if following else None, **options)
+        if following:
+            self.masks = result.masks
+        return result
+
+
+class LevelPruner(Pruner):
+    """Level: the int(n * sparsity) entries of smallest magnitude of each weight."""
+
+    kind = "level"
+
+
+class AGPPruner(Pruner):
+    """AGP (Zhu & Gupta 2017): level pruning whose sparsity rises along a cubic schedule."""
+
+    kind = "agp"
+
+
+class SensitivityPruner(Pruner):
+    """Sensitivity (Han et al. 2015): thresholds in units of each weight's standard deviation and measured sensitivity."""
+
+    kind = "sensitivity"
+
+
+def prune(
+    model: ModelSource,
+    config: configuration.ConfigSource | Pruner,
+    output: str | os.PathLike[str] | None = None,
+    data: Any = None,
+    *,
+    pruner: str | None = None,
+    score: str | None = None,
+    pattern: str | None = None,
+    allocation: str | None = None,
+    epoch: int | None = None,
+    step: int | None = None,
+    **options: Any,
+) -> Result:
+    """Prune a model and, where asked, evaluate and write it.
+
+    Args:
+        model: a path, an onnx.ModelProto or an onnx_ir.Model; it is not changed.
+        config: a config list, a mapping around one, the path of a file with either, or a pruner object.
+        output: the file to write.
+        data: inputs and optional labels, as `onnxprune.evaluate` takes them; dense and pruned are compared on them,
+            and the sensitivity pruner measures with them.
+        pruner: 'level', 'agp' or 'sensitivity'.
+        score: default of the entries' `score`.
+        pattern: default of the entries' `pattern`.
+        allocation: default of the entries' `allocation`.
+        epoch: for schedules, the epoch to prune for; the end unless given.
+        step: the same for optimizer steps.
+        options: `max_drop` (write nothing where accuracy falls by more), `metric` (a callable or 'module:function'),
+            `sparse` (store as sparse_initializer what that makes smaller), `force` (allow output over the input),
+            `threads` (of onnxruntime).
+
+    Returns:
+        The result: masks, report, evaluation, `save` and `to_proto`.
+
+    Raises:
+        PruneError: bad input; nothing has been written.
+    """
+    if isinstance(config, Pruner):
+        if any(o is not None for o in (pruner, score, pattern, allocation)):
+            raise PruneError("pruner, score, pattern and allocation belong to the pruner object; give them when making it")
+        return config.prune(model, epoch=epoch, step=step, output=output, data=data, **options)
+    checked = configuration.load(config, pruner=pruner, score=score, pattern=pattern, allocation=allocation)
+    return run(model, checked, clock=Clock(epoch, step), output=output, data=data, **options)
+
+
+def run(
+    source: ModelSource,
+    config: configuration.Config,
+    *,
+    clock: Clock,
+    held: Mapping[str, np.ndarray] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    data: Any = None,
+    max_drop: float | None = None,
+    metric: Any = None,
+    sparse: bool = False,
+    force: bool = False,
+    threads: int | None = None,
+) -> Result:
+    """Prune with a validated configuration: decide, edit, evaluate, gate, write. See `prune`."""
+    if max_drop is not None and data is None:
+        raise PruneError("max_drop needs data to measure accuracy on; pass data (or --data)")
+    if max_drop is not None and not math.isfinite(max_drop):
+        raise PruneError(f"max_drop is {max_drop}; expected a number such as 0.01 (one point of accuracy)")
+    model = load(source)
+    target = None if output is None else Path(output)
+    if target is not None:
+        _check_target(model, target, force)
+    weights, untouched = find(model)
+    dataset = factors = None
+    if data is not None:
+        from onnxprune.runtime.feeds import load_data
+
+        dataset = load_data(data, source)
+        if config.pruner == "sensitivity":
+            from onnxprune.sensitivity import measure
+
+            governed = [w for _, chosen in config.assign(weights) for w in chosen]
+            factors = measure(model, governed, dataset, metric=metric, threads=threads)
+    decisions, misfits = decide(config, weights, clock, held, factors)
+    masks = Masks({d.weight.name: d.keep for d in decisions})
+    for decision in decisions:
+        edit(model, decision.weight, masks)
+    report = Report(tuple(_row(d) for d in decisions), (*misfits, *untouched))
+    note(model, config, report, clock)
+    if dataset is None and target is None:
+        return Result(model, masks, report)
+    with model.stage(target, sparse_storage=sparse) as staged:
+        evaluation = None
+        if dataset is not None:
+            from onnxprune.runtime.evaluate import evaluate
+
+            evaluation = evaluate(staged.path, dataset, baseline=source, metric=metric, threads=threads)
+        accepted = max_drop is None or evaluation is None or evaluation.loss <= max_drop
+        path = staged.commit() if target is not None and accepted else None
+    return Result(model, masks, report, evaluation, path, accepted)
+
+
+def edit(model: Model, weight: Weight, masks: Masks) -> None:
+    """Put a weight's mask into its model."""
+    if masks[weight.name].all():
+        return
+    model.edit(weight.leaf.tensor, lambda values: weight.pruned(masks[weight.name], values))
+
+
+def note(model: Model, config: configuration.Config, report: Report, clock: Clock) -> None:
+    """Record in the model's metadata_props what was done to it (at most 2 KB)."""
+    record: dict[str, Any] = {"version": __version__, "pruner": config.pruner, "config_list": config.source}
+    record |= {"sparsity": round(report.sparsity, 6), "zeros": report.zeros, "weights": len(report.rows)}
+    record |= {key: value for key, value in asdict(clock).items() if value is not None}
+    if len(json.dumps(record, default=list)) > 2000:
+        record["config_list"] = f"{len(config.source)} entries"
+    for entry in [p for p in model.proto.metadata_props if p.key == "onnxprune"]:
+        model.proto.metadata_props.remove(entry)
+    model.proto.metadata_props.add(key="onnxprune", value=json.dumps(record, default=list, sort_keys=True))
+
+
+def _row(decision: Decision) -> Row:
+    weight = decision.weight
+    return Row(weight.name, weight.op_type, weight.shape, weight.size, decision.zeros_before, decision.zeros)
+
+
+def _check_target(model: Model, target: Path, force: bool) -> None:
+    if model.path is not None and target.exists() and os.path.samefile(model.path, target) and not force:
+        raise PruneError(f"the output '{target}' is the input itself; choose another name, or pass --force (force=True) to replace it")
+    if target.is_dir():
+        raise PruneError(f"the output '{target}' is a folder; give the name of a file in it")
+
+
+__all__ = ["AGPPruner", "LevelPruner", "Masks", "Pruner", "Report", "Result", "Row", "SensitivityPruner", "prune"]

@@ -1,0 +1,11 @@
+"""The one error a user of onnxprune has to know."""
+
+from __future__ import annotations
+
+
+class PruneError(ValueError):
+    """Bad input, or a model that cannot be pruned as asked.
+
+    The message is one paragraph: which tensor, node, entry or file it is about, what was expected,
+    what came, and what to do. Nothing has been written when it is raised.
+    """

@@ -1,0 +1,386 @@
+"""From an operand back to the stored tensors behind it, through nodes, sub-graphs and function calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from onnxprune.errors import PruneError
+from onnxprune.graph import expression as ex
+from onnxprune.graph.roles import CONTRIB, Role
+
+NONDETERMINISTIC = {"RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout"}
+
+
+class Untraceable(Exception):
+    """A constant operand that cannot be followed to a stored tensor; the text is the reason a user reads."""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """A function call on the way to a node: formal inputs and referenced attributes are looked up here."""
+
+    call: ir.Node | None = None
+    function: ir.Function | None = None
+    parent: Scope | None = None
+
+    @property
+    def path(self) -> str:
+        """Names of the calls, outermost first; empty in the main graph."""
+        if self.call is None or self.parent is None:
+            return ""
+        return "/".join(filter(None, (self.parent.path, self.call.name or self.call.op_type)))
+
+    def attribute(self, attribute: ir.Attr) -> Any:
+        """An attribute's value; one that refers to the function's own is taken from the call."""
+        if not attribute.is_ref():
+            return attribute.value
+        if self.call is None or self.function is None or self.parent is None:
+            return None
+        given = self.call.attributes.get(str(attribute.ref_attr_name))
+        if given is not None:
+            return self.parent.attribute(given)
+        default = self.function.attributes.get(str(attribute.ref_attr_name))
+        return None if default is None else default.value
+
+    def attributes(self, node: ir.Node) -> dict[str, Any]:
+        """A node's attributes by name; references with no value are left out."""
+        values = {name: self.attribute(attribute) for name, attribute in node.attributes.items()}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """One operator that reads a weight: the operand's expression, and the operand's view in role order."""
+
+    node: str
+    op_type: str
+    operand: int
+    expression: ex.Expression
+    view: Callable[[np.ndarray], np.ndarray]
+    site: ir.Node | None = None
+    scope: Scope = Scope()
+
+
+class Tracer:
+    """Follows values of one model to where they are stored."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+        self._constant: dict[tuple[int, Scope], bool] = {}
+        self._scopes: dict[tuple[int, Scope], Scope] = {}
+
+    def nodes(self) -> Iterator[tuple[ir.Node, Scope]]:
+        """Every node in order, those of sub-graphs and of called functions included, with the calls that lead to it."""
+        yield from self._walk(self.model.graph, Scope())
+
+    def is_constant(self, value: ir.Value | None, scope: Scope) -> bool:
+        """Whether a value is the same at every run: stored, or computed from stored values only."""
+        stack = [self._resolve(value, scope)]
+        while stack:
+            key = stack[-1]
+            if key is None:
+                stack.pop()
+                continue
+            seen, where = key
+            if (id(seen), where) in self._constant:
+                stack.pop()
+                continue
+            inputs = _constant_inputs(seen)
+            if isinstance(inputs, bool):
+                self._constant[id(seen), where] = inputs
+                stack.pop()
+                continue
+            keys = [self._resolve(v, where) for v in inputs]
+            known = [None if k is None else self._constant.get((id(k[0]), k[1])) for k in keys]
+            if any(k is False for k in known):
+                self._constant[id(seen), where] = False
+                stack.pop()
+            elif (missing := next((k for k, v in zip(keys, known, strict=True) if k is not None and v is None), None)) is not None:
+                if missing in stack:
+                    raise PruneError(f"the graph has a cycle through '{seen.name}': it is no valid ONNX model")
+                stack.append(missing)
+            else:
+                self._constant[id(seen), where] = True
+                stack.pop()
+        end = self._resolve(value, scope)
+        return end is not None and self._constant[id(end[0]), end[1]]
+
+    def use(self, node: ir.Node, scope: Scope, role: Role) -> Use:
+        """The Use of a node's weight operand.
+
+        Raises:
+            Untraceable: the operand is constant, but cannot be followed to stored tensors.
+        """
+        attributes = scope.attributes(node)
+        traced = self.trace(node.inputs[role.operand], scope)
+        if role.zero_point is not None:
+            traced = self._quantised(node, scope, role, traced, attributes)
+        return Use(node.name or "", node.op_type, role.operand, traced, lambda x: role.view(x, attributes), node, scope)
+
+    def trace(self, value: ir.Value | None, scope: Scope) -> ex.Expression:
+        """The expression that computes a constant value from stored tensors.
+
+        Raises:
+            Untraceable: an operator on the way neither moves data nor scales it by a constant.
+        """
+        resolved = self._resolve(value, scope)
+        assert resolved is not None
+        value, scope = resolved
+        node = value.producer()
+        if node is None:
+            assert value.const_value is not None
+            return ex.Leaf(value, value.const_value)
+        attributes = scope.attributes(node)
+        op = node.op_type
+        if op == "Constant":
+            if isinstance(attributes.get("value"), ir.TensorProtocol):
+                return ex.Leaf(value, attributes["value"])
+            raise Untraceable(f"it is given as the attribute '{next(iter(attributes), '?')}' of a Constant node; store it as a tensor")
+        if node.domain not in ("", "ai.onnx") and (node.domain, op) != (CONTRIB, "DequantizeLinear"):
+            raise Untraceable(f"it is computed by {node.domain}.{op}, which has no rule")
+        if op in ex.MOVES:
+            return self._move(node, scope, attributes)
+        if op == "Split":
+            sizes = self._side(node, 1, scope)
+            sizes = attributes.get("split") if sizes is None else [int(s) for s in sizes]
+            apply = partial(
+                ex.split, sizes=sizes, count=len(node.outputs), axis=int(attributes.get("axis", 0)), index=int(value.index() or 0)
+            )
+            return ex.Move(apply, (self.trace(node.inputs[0], scope),))
+        if op in {"Cast", "CastLike"}:
+            return self._cast(node, scope, attributes)
+        if op in {"Mul", "Div"}:
+            return self._product(node, scope, op)
+        if op == "Sub":
+            return self._shift(node, scope)
+        if op == "DequantizeLinear":
+            return self._dequantize(node, scope, attributes)
+        raise Untraceable(f"it is computed by {op}{f' {node.name!r}' if node.name else ''}, which neither moves nor scales its elements")
+
+    def constant(self, value: ir.Value | None, scope: Scope) -> np.ndarray:
+        """A small constant's value, computed with ONNX's reference implementation where it is not stored."""
+        resolved = self._resolve(value, scope)
+        assert resolved is not None
+        value, scope = resolved
+        node = value.producer()
+        if node is None:
+            assert value.const_value is not None
+            return value.const_value.numpy()
+        if node.op_type == "Constant":
+            attributes = scope.attributes(node)
+            if isinstance(attributes.get("value"), ir.TensorProtocol):
+                return np.asarray(attributes["value"].numpy())
+            return np.asarray(next(iter(attributes.values())))
+        try:
+            return self._evaluate(node, scope)[int(value.index() or 0)]
+        except Exception as error:
+            raise Untraceable(f"the constant '{value.name}' on its way cannot be computed: {error}") from error
+
+    # ------------------------------------------------------------ one method per kind of node
+
+    def _move(self, node: ir.Node, scope: Scope, attributes: dict[str, Any]) -> ex.Expression:
+        function = ex.MOVES[node.op_type]
+        if node.op_type == "Concat":
+            return ex.Move(partial(function, **attributes), tuple(self.trace(v, scope) for v in node.inputs))
+        sides = [self._side(node, i, scope) for i in range(1, len(node.inputs))]
+        return ex.Move(lambda x: function(x, *sides, **attributes), (self.trace(node.inputs[0], scope),))
+
+    def _cast(self, node: ir.Node, scope: Scope, attributes: dict[str, Any]) -> ex.Expression:
+        target = int(attributes["to"]) if node.op_type == "Cast" else self.constant(node.inputs[1], scope).dtype
+        dtype = ir.DataType(target).numpy() if isinstance(target, int) else target
+        if not _is_float(dtype):
+            raise Untraceable(f"it is cast to {dtype}")
+        return ex.Scale(lambda x: x.astype(dtype), self.trace(node.inputs[0], scope), keeps=True)
+
+    def _product(self, node: ir.Node, scope: Scope, op: str) -> ex.Expression:
+        """The factor that has the product's full shape is the weight, the other one its scale."""
+        sides = [self.constant_shape(v, scope) for v in node.inputs]
+        full = np.broadcast_shapes(*sides)
+        index = 0 if op == "Div" or sides[0] == full else 1
+        if sides[index] != full:
+            raise Untraceable(f"it is a product of {list(sides[0])} and {list(sides[1])}, neither of the operand's shape")
+        weight = self.trace(node.inputs[index], scope)
+        if self._sources(node.inputs[1 - index], scope) & {id(leaf.value) for leaf in ex.leaves(weight)}:
+            raise Untraceable("its scale is computed from the weight itself (weight normalisation); fold it before pruning")
+        factor = self.constant(node.inputs[1 - index], scope)
+        if op == "Mul":
+            return ex.Scale(lambda x: x * factor.astype(x.dtype), weight)
+        return ex.Scale(lambda x: x / factor.astype(x.dtype), weight)
+
+    def _shift(self, node: ir.Node, scope: Scope) -> ex.Expression:
+        """Sub by a constant zero point, as decomposed dequantisation has it."""
+        arg = self.trace(node.inputs[0], scope)
+        zero = self.constant(node.inputs[1], scope)
+        if not _as_stored(arg):
+            raise Untraceable("a constant is subtracted after it was scaled")
+        for leaf in ex.leaves(arg):
+            stored = leaf.tensor.dtype.numpy()
+            if not np.array_equal(zero.astype(stored).astype(np.float64), zero.astype(np.float64)):
+                raise Untraceable(f"the zero point {zero.reshape(-1)[:4]} subtracted from it is no {np.dtype(stored).name}")
+        return ex.Scale(lambda x: x - zero.astype(x.dtype), arg, zero)
+
+    def _dequantize(self, node: ir.Node, scope: Scope, attributes: dict[str, Any]) -> ex.Expression:
+        scale = self.constant(node.inputs[1], scope)
+        zero = self._side(node, 2, scope)
+        axis, block = int(attributes.get("axis", 1)), int(attributes.get("block_size", 0))
+        shape = self.constant_shape(node.inputs[0], scope)
+        spread_scale = ex.per_axis(scale, shape, axis, block)
+        spread_zero = None if zero is None else ex.per_axis(zero, shape, axis, block)
+        return self._shifted(node.inputs[0], scope, spread_scale, spread_zero)
+
+    def _quantised(
+        self, node: ir.Node, scope: Scope, role: Role, operand: ex.Expression, attributes: dict[str, Any]
+    ) -> ex.Expression:
+        """The operand of an operator that dequantises it itself."""
+        shape = ex.push(operand, lambda leaf: np.broadcast_to(np.bool_(False), leaf.shape)).shape
+        parameters = []
+        for index in (role.scale, role.zero_point):
+            if index is None or index < 0 or index >= len(node.inputs) or node.inputs[index] is None:
+                parameters.append(None)
+            elif not self.is_constant(node.inputs[index], scope):
+                raise Untraceable(f"the scale or zero point of {node.op_type} is computed at run time")
+            else:
+                parameters.append(role.spread(self.constant(node.inputs[index], scope), shape, attributes))
+        scale, zero = parameters
+        scale = np.float32(1).reshape(()) if scale is None else scale
+        return ex.Scale(lambda x: ex.dequantize(x, scale, zero), operand, zero)
+
+    def _shifted(self, value: ir.Value | None, scope: Scope, scale: np.ndarray, zero: np.ndarray | None) -> ex.Expression:
+        resolved = self._resolve(value, scope)
+        assert resolved is not None
+        producer = resolved[0].producer()
+        if producer is not None and producer.op_type == "QuantizeLinear":  # quantised and dequantised: 0.0 comes back as 0.0
+            return ex.Scale(lambda x: x, self.trace(producer.inputs[0], resolved[1]))
+        arg = self.trace(value, scope)
+        if not _as_stored(arg):
+            raise Untraceable("it is dequantised after it was scaled")
+        return ex.Scale(lambda x: ex.dequantize(x, scale, zero), arg, zero)
+
+    # ------------------------------------------------------------ looking around
+
+    def constant_shape(self, value: ir.Value | None, scope: Scope) -> tuple[int, ...]:
+        """Shape of a constant value, without computing it where its expression is known."""
+        try:
+            marker = ex.push(self.trace(value, scope), lambda leaf: np.broadcast_to(np.bool_(False), leaf.shape))
+        except Untraceable:
+            marker = self.constant(value, scope)
+        return marker.shape
+
+    def _side(self, node: ir.Node, index: int, scope: Scope) -> np.ndarray | None:
+        if index >= len(node.inputs) or node.inputs[index] is None:
+            return None
+        return self.constant(node.inputs[index], scope)
+
+    def _sources(self, value: ir.Value | None, scope: Scope) -> set[int]:
+        """The stored values a constant is computed from."""
+        sources: set[int] = set()
+        seen: set[tuple[int, Scope]] = set()
+        stack = [(value, scope)]
+        while stack:
+            resolved = self._resolve(*stack.pop())
+            if resolved is None or (id(resolved[0]), resolved[1]) in seen:
+                continue
+            seen.add((id(resolved[0]), resolved[1]))
+            node = resolved[0].producer()
+            if node is None or node.op_type == "Constant":
+                sources.add(id(resolved[0]))
+            else:
+                stack.extend((v, resolved[1]) for v in node.inputs)
+        return sources
+
+    def _evaluate(self, node: ir.Node, scope: Scope) -> list[np.ndarray]:
+        from onnx.reference import ReferenceEvaluator  # slow to import, and rarely needed
+
+        proto = ir.to_proto(node)
+        for attribute in [a for a in proto.attribute if a.ref_attr_name]:
+            proto.attribute.remove(attribute)
+        given = {v.name: self.constant(v, scope) for v in node.inputs if v is not None}
+        for name, attribute in node.attributes.items():
+            if attribute.is_ref() and (resolved := scope.attribute(attribute)) is not None:
+                proto.attribute.append(onnx.helper.make_attribute(name, resolved))
+        inputs = [onnx.ValueInfoProto(name=name) for name in given]
+        outputs = [onnx.ValueInfoProto(name=v.name) for v in node.outputs]
+        graph = onnx.helper.make_graph([proto], "constant", inputs, outputs)
+        versions = dict((scope.function or self.model.graph).opset_imports) or dict(self.model.graph.opset_imports)
+        opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in versions.items()]
+        return list(ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opsets)).run(None, given))
+
+    def _walk(self, graph: ir.Graph | ir.Function, scope: Scope) -> Iterator[tuple[ir.Node, Scope]]:
+        for node in graph:
+            yield node, scope
+            for attribute in node.attributes.values():
+                if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
+                    yield from self._walk(attribute.as_graph(), scope)
+                elif attribute.type == ir.AttributeType.GRAPHS and not attribute.is_ref():
+                    for inner in attribute.as_graphs():
+                        yield from self._walk(inner, scope)
+            inside = self._enter(node, scope)
+            if inside is not None and inside.function is not None:
+                yield from self._walk(inside.function, inside)
+
+    def _enter(self, node: ir.Node, scope: Scope) -> Scope | None:
+        """The scope inside a call of a model-local function; None where the node is no such call."""
+        function = self.model.functions.get(node.op_identifier())
+        if function is None:
+            return None
+        outer: Scope | None = scope
+        while outer is not None:
+            if outer.function is function:
+                raise PruneError(f"function '{node.domain}.{node.op_type}' calls itself, which ONNX forbids: the model is invalid")
+            outer = outer.parent
+        return self._scopes.setdefault((id(node), scope), Scope(node, function, scope))
+
+    def _resolve(self, value: ir.Value | None, scope: Scope) -> tuple[ir.Value, Scope] | None:
+        """Where a value really comes from: a function's formal input is the call's, a call's output the function's."""
+        while value is not None:
+            node = value.producer()
+            if node is not None:
+                inside = self._enter(node, scope)
+                if inside is None or inside.function is None:
+                    return value, scope
+                value, scope = inside.function.outputs[int(value.index() or 0)], inside
+                continue
+            if scope.function is None or scope.call is None or scope.parent is None:
+                return value, scope
+            formal = next((i for i, v in enumerate(scope.function.inputs) if v is value), None)
+            if formal is None:
+                return value, scope
+            if formal >= len(scope.call.inputs):
+                return None
+            value, scope = scope.call.inputs[formal], scope.parent
+        return None
+
+
+def _constant_inputs(value: ir.Value) -> bool | list[ir.Value]:
+    """Whether a value is constant, or the inputs that decide it."""
+    node = value.producer()
+    if node is None:
+        return value.const_value is not None
+    if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+        return True
+    inputs = [v for v in node.inputs if v is not None]
+    graphs = any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
+    if not inputs or graphs or node.op_type in NONDETERMINISTIC:
+        return False
+    return inputs
+
+
+def _is_float(dtype: Any) -> bool:
+    return bool(np.issubdtype(dtype, np.floating)) or dtype in (ml_dtypes.bfloat16, np.dtype(ml_dtypes.bfloat16))
+
+
+def _as_stored(expression: ex.Expression) -> bool:
+    """Whether values arrive as they are stored, moved and cast at most."""
+    if isinstance(expression, ex.Leaf):
+        return True
+    if isinstance(expression, ex.Move):
+        return all(_as_stored(arg) for arg in expression.args)
+    return expression.keeps and _as_stored(expression.arg)

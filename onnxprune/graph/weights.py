@@ -1,0 +1,314 @@
+"""Weights in their roles: the stored tensors that feed the weight operands of a model's operators.
+
+`find` walks every node of every graph, sub-graph and function call and traces each weight operand of
+`roles.ROLES` back through constant expressions to the tensors stored behind it. A stored tensor is one
+weight however many operators read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxprune.errors import PruneError
+from onnxprune.graph import expression as ex
+from onnxprune.graph.model import Model
+from onnxprune.graph.roles import OPAQUE, ROLES
+from onnxprune.graph.trace import Scope, Tracer, Untraceable, Use
+
+FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
+INTEGERS = {ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT16, ir.DataType.UINT16}
+
+
+class Storage(Protocol):
+    """Where a weight's values are kept: a tensor of an ONNX model, or a framework's parameter."""
+
+    def read(self) -> np.ndarray:
+        """The values as stored; may be a read-only view."""
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A stored tensor in its role.
+
+    Two layouts of the same elements: *stored*, as the file or the framework keeps them, and *role order*
+    (output, input, *kernel), in which every decision is made. `role` and `stored` carry arrays of any type
+    from one to the other.
+
+    Attributes:
+        name: the initializer's name, or that of a Constant node's output; unique in the model.
+        op_types: operators that read it, the first one first.
+        names: every name an `op_names` pattern may match: the weight's, its nodes' and its module's.
+        shape: as stored.
+        dtype: as stored.
+        storage: where the values are.
+        uses: the operands it feeds.
+        leaf: its leaf in the uses' expressions.
+    """
+
+    name: str
+    op_types: tuple[str, ...]
+    names: frozenset[str]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    storage: Storage
+    uses: tuple[Use, ...]
+    leaf: ex.Leaf
+
+    @property
+    def op_type(self) -> str:
+        """The operator that gives the weight its role."""
+        return self.op_types[0]
+
+    @property
+    def size(self) -> int:
+        """Number of elements that reach an operand: what a sparsity is a share of."""
+        return int(np.prod(self.shape, dtype=np.int64)) if self._places is None else int(self._places.size)
+
+    @property
+    def role_shape(self) -> tuple[int, ...]:
+        """(output, input, *kernel)."""
+        if self._places is not None:
+            return self._places.shape
+        return self.role(np.broadcast_to(np.bool_(False), self.shape)).shape
+
+    def values(self) -> np.ndarray:
+        """The weight as its operator sees it, in role order: dequantised, scaled. A view where nothing changes values."""
+        use = self.uses[0]
+        if self._places is None:
+            return use.view(ex.compute(use.expression, self._read))
+        flat = np.zeros(int(np.prod(self.shape, dtype=np.int64)), np.float32)
+        for use in self.uses:  # later uses of an element see what the first one sees, up to their own scales
+            seen = use.view(ex.push(use.expression, self._indices)).reshape(-1)
+            flat[seen[seen >= 0]] = use.view(ex.compute(use.expression, self._read)).reshape(-1)[seen >= 0]
+        return flat[self._places]
+
+    def role(self, stored: np.ndarray) -> np.ndarray:
+        """An array of the stored shape in role order."""
+        if self._places is not None:
+            return np.ascontiguousarray(stored).reshape(-1)[self._places]
+        use = self.uses[0]
+        return use.view(ex.push(use.expression, lambda leaf: stored))
+
+    def stored(self, role: np.ndarray, fill: object = True) -> np.ndarray:
+        """An array in role order in the stored shape; elements no operand reads are `fill`."""
+        out = np.full(self.shape, fill, role.dtype)
+        if self._places is not None:
+            out.reshape(-1)[self._places] = role
+        else:
+            self.role(out)[...] = role
+        return out
+
+    def zero(self) -> np.ndarray | None:
+        """The stored values that mean exactly 0.0, in the stored shape; None where it is 0 throughout."""
+        flat = np.zeros(int(np.prod(self.shape, dtype=np.int64)), np.float64)
+        if not any(_shifted(use.expression) for use in self.uses):
+            return None
+        for use in reversed(self.uses):
+            ex.zeros(use.expression, self._indices, flat)
+        return flat.reshape(self.shape)
+
+    def pruned(self, keep: np.ndarray, values: np.ndarray | None = None) -> np.ndarray:
+        """The stored array with every entry where `keep` is False at the value that means 0.0.
+
+        Args:
+            keep: boolean array of the stored shape.
+            values: the stored array, read from storage unless given.
+        """
+        out = np.array(self.storage.read() if values is None else values)
+        zero = self.zero()
+        out[~keep] = 0 if zero is None else zero[~keep].astype(out.dtype)
+        return out
+
+    @cached_property
+    def _places(self) -> np.ndarray | None:
+        """Stored position of every element in role order; None where a numpy view gives it."""
+        marker = np.broadcast_to(np.bool_(False), self.shape)
+        use = self.uses[0]
+        if sum(1 for _ in ex.leaves(use.expression)) == 1:
+            probe = np.empty(self.shape, np.bool_) if marker.size < 2**16 else _untouched(self.shape)
+            view = use.view(ex.push(use.expression, lambda leaf: probe))
+            if view.size == probe.size and np.may_share_memory(view, probe) and 0 not in _strides(view):
+                return None
+        seen: set[tuple[int, ...]] = set()
+        parts: list[np.ndarray] = []
+        taken = np.zeros(marker.size, np.bool_)
+        for use in self.uses:
+            part = _rectangle(use.view(ex.push(use.expression, self._indices)))
+            if part.shape in seen and parts and any(np.array_equal(part, p) for p in parts):
+                continue
+            fresh = ~taken[part]
+            taken[part.reshape(-1)] = True
+            if fresh.all() and np.unique(part).size == part.size:
+                seen.add(part.shape)
+                parts.append(part)
+            elif fresh.any():  # partly the same elements: what is new joins as a row of its own
+                parts.append(_first_seen(part[fresh])[None, :])
+        if all(p.ndim == parts[0].ndim and p.shape[1:] == parts[0].shape[1:] for p in parts):
+            return np.concatenate(parts)
+        return np.concatenate([p.reshape(-1) for p in parts])[None, :]
+
+    def _read(self, leaf: ex.Leaf) -> np.ndarray:
+        if leaf.value is self.leaf.value:
+            return self.storage.read()
+        return np.broadcast_to(leaf.tensor.dtype.numpy().type(0), leaf.shape)
+
+    def _indices(self, leaf: ex.Leaf) -> np.ndarray:
+        if leaf.value is self.leaf.value:
+            return np.arange(int(np.prod(self.shape, dtype=np.int64))).reshape(self.shape)
+        return np.broadcast_to(np.int64(-1), leaf.shape)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A weight that is left alone, and why."""
+
+    name: str
+    op_type: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class TensorStorage:
+    """A tensor of a model as a weight's storage."""
+
+    model: Model
+    tensor: ir.TensorProtocol
+
+    def read(self) -> np.ndarray:
+        """The stored array, read-only."""
+        return self.model.read(self.tensor)
+
+
+@dataclass
+class _Found:
+    leaf: ex.Leaf
+    uses: list[Use] = field(default_factory=list)
+    where: str = ""
+
+
+def find(model: Model) -> tuple[list[Weight], list[Skipped]]:
+    """The weights of a model in graph order, and those that are left alone with the reason."""
+    tracer = Tracer(model.graph)
+    found: dict[int, _Found] = {}
+    skipped: dict[str, Skipped] = {}
+    for node, scope in tracer.nodes():
+        for index, use_of in _operands(tracer, node, scope):
+            value = node.inputs[index]
+            assert value is not None
+            try:
+                use = use_of()
+            except Untraceable as error:
+                skipped.setdefault(f"{value.name}", Skipped(str(value.name), node.op_type, str(error)))
+                continue
+            for leaf in ex.leaves(use.expression):
+                entry = found.setdefault(id(leaf.value), _Found(leaf, where=scope.path))
+                entry.uses.append(use)
+    weights: list[Weight] = []
+    taken: set[str] = set()
+    for entry in found.values():
+        name = _unique(str(entry.leaf.value.name), entry.where, taken)
+        reason = _unsupported(entry.leaf)
+        if reason:
+            skipped.setdefault(name, Skipped(name, entry.uses[0].op_type, reason))
+            continue
+        taken.add(name)
+        uses = sorted(entry.uses, key=lambda use: use.op_type == "Gather")  # an embedding tied to a MatMul is a MatMul's weight
+        types = tuple(dict.fromkeys("Embedding" if use.op_type == "Gather" else use.op_type for use in uses))
+        names = frozenset({name, name.rpartition(".")[0], *(use.node for use in uses)}) - {""}
+        tensor = entry.leaf.tensor
+        storage = TensorStorage(model, tensor)
+        weights.append(Weight(name, types, names, entry.leaf.shape, np.dtype(tensor.dtype.numpy()), storage, tuple(uses), entry.leaf))
+    return weights, list(skipped.values())
+
+
+def _operands(tracer: Tracer, node: ir.Node, scope: Scope) -> Iterator[tuple[int, Callable[[], Use]]]:
+    """The constant weight operands of a node, each with a function that traces it."""
+    key = (node.domain, node.op_type)
+    if key in OPAQUE:
+        for index in OPAQUE[key][0]:
+            if _given(node, index) and tracer.is_constant(node.inputs[index], scope):
+                yield index, partial(_refuse, OPAQUE[key][1])
+        return
+    roles = ROLES.get(key, ())
+    constant = [r for r in roles if _given(node, r.operand) and tracer.is_constant(node.inputs[r.operand], scope)]
+    if key[1] in {"LSTM", "GRU", "RNN", "DynamicQuantizeLSTM"} or len(constant) == 1:
+        for role in constant:
+            yield role.operand, partial(tracer.use, node, scope, role)
+
+
+def _given(node: ir.Node, index: int) -> bool:
+    return index < len(node.inputs) and node.inputs[index] is not None
+
+
+def _refuse(reason: str) -> Use:
+    raise Untraceable(reason)
+
+
+def _unsupported(leaf: ex.Leaf) -> str:
+    if leaf.tensor.dtype not in FLOATS | INTEGERS:
+        return f"its type {leaf.tensor.dtype.name} cannot be pruned (float16, bfloat16, float32, float64 and quantised integers can)"
+    if leaf.tensor.size == 0:
+        return "it is empty"
+    return ""
+
+
+def _unique(name: str, where: str, taken: set[str]) -> str:
+    if name not in taken:
+        return name
+    candidates = [f"{where}/{name}", *(f"{where}/{name}.{i}" for i in range(2, 10_000))]
+    return next(c for c in candidates if c not in taken)
+
+
+def _shifted(expression: ex.Expression) -> bool:
+    if isinstance(expression, ex.Leaf):
+        return False
+    if isinstance(expression, ex.Scale):
+        return expression.zero is not None or _shifted(expression.arg)
+    return any(_shifted(arg) for arg in expression.args)
+
+
+def _untouched(shape: tuple[int, ...]) -> np.ndarray:
+    """An array whose memory is reserved but never used: only its addresses matter."""
+    return np.empty(shape, np.bool_)
+
+
+def _strides(view: np.ndarray) -> list[int]:
+    return [s for s, d in zip(view.strides, view.shape, strict=True) if d > 1]
+
+
+def _rectangle(indices: np.ndarray) -> np.ndarray:
+    """The part of an index array that is this weight's: a sub-box where it is one, else its elements as one row."""
+    if (indices >= 0).all():
+        return indices
+    ours = indices >= 0
+    axes = [np.flatnonzero(ours.any(tuple(a for a in range(ours.ndim) if a != axis))) for axis in range(ours.ndim)]
+    box = indices[np.ix_(*axes)]
+    return box if (box >= 0).all() else _first_seen(indices[ours])[None, :]
+
+
+def _first_seen(flat: np.ndarray) -> np.ndarray:
+    """The distinct entries in order of first appearance."""
+    _, first = np.unique(flat, return_index=True)
+    return flat[np.sort(first)]
+
+
+def check_finite(weight: Weight, values: np.ndarray) -> None:
+    """Refuse NaN and infinite weights, by name.
+
+    Raises:
+        PruneError: with the number of such entries.
+    """
+    if values.dtype.kind in "iu":
+        return
+    bad = int(np.count_nonzero(~np.isfinite(values.astype(np.float32) if values.dtype.itemsize == 2 else values)))
+    if bad:
+        raise PruneError(
+            f"weight '{weight.name}' {list(weight.shape)} ({weight.op_type}) holds {bad} entries that are NaN or infinite; "
+            "it has no meaningful magnitudes: exclude it by op_names, or repair the model"
+        )

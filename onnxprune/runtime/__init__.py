@@ -1,0 +1,1 @@
+"""Measuring a model in onnxruntime: what pruning cost and what it bought."""
