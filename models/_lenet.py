@@ -63,15 +63,16 @@ def train(
     epochs: int,
     seed: int,
     learning_rate: float,
+    weight_decay: float = 0.0,
     after_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> None:
-    """Train in place: Adam, one cycle of the learning rate up to `learning_rate`, batches of 64 augmented images.
+    """Train in place: AdamW, one cycle of the learning rate up to `learning_rate`, batches of 64 augmented images.
 
     `after_epoch` is called with the number of the epoch, counted from 1, when it is finished.
     """
     size = 64
     rng = np.random.default_rng(seed)
-    optimizer = torch.optim.Adam(net.parameters(), lr=learning_rate)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=learning_rate, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=epochs * (len(images) // size))
     net.train()
     for epoch in range(1, epochs + 1):

@@ -27,6 +27,7 @@ from _lenet import NETS, accuracy, train
 
 EPOCHS = {"lenet-300-100": 60, "lenet5": 40}
 LEARNING_RATE = 3e-3
+WEIGHT_DECAY = 1.0  # strong, and decoupled from the gradient: what a net does not need becomes small
 OPSET = 18
 
 
@@ -76,7 +77,15 @@ def main() -> None:
         torch.manual_seed(options.seed)
         net = kind()
         epochs = options.epochs or EPOCHS[name]
-        train(net, x_train, y_train, epochs=epochs, seed=options.seed, learning_rate=LEARNING_RATE)
+        train(
+            net,
+            x_train,
+            y_train,
+            epochs=epochs,
+            seed=options.seed,
+            learning_rate=LEARNING_RATE,
+            weight_decay=WEIGHT_DECAY,
+        )
         path = options.output / f"{name}.onnx"
         export(net, path)
         print(f"{path}: accuracy {accuracy(net, x_test, y_test):.3f} on {len(x_test)} test images")

@@ -23,6 +23,8 @@ from onnxprune.graph.weights import Skipped, Weight, find
 
 if TYPE_CHECKING:
     from onnxprune.runtime.evaluate import Evaluation
+    from onnxprune.runtime.feeds import Dataset
+    from onnxprune.runtime.session import Session
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,8 @@ def prune(
         allocation: default of the entries' `allocation`.
         epoch: for schedules, the epoch to prune for; the end unless given.
         step: the same for optimizer steps.
-        options: `max_drop` (write nothing where accuracy falls by more), `metric` (a callable or 'module:function'),
+        options: `max_drop` (write nothing where the metric falls by more or, without labels, agreement with the dense
+            model is lower than 1 - max_drop), `metric` (a callable or 'module:function'),
             `sparse` (store as sparse_initializer what that makes smaller), `force` (allow output over the input),
             `threads` (of onnxruntime).
 
@@ -240,33 +243,57 @@ def run(
     if target is not None:
         _check_target(model, target, force)
     weights, untouched = find(model)
-    dataset = factors = None
-    if data is not None:
-        from onnxprune.runtime.feeds import load_data
-
-        dataset = load_data(data, source)
-        if config.pruner == "sensitivity":
-            from onnxprune.sensitivity import measure
-
-            governed = [w for _, chosen in config.assign(weights) for w in chosen]
-            factors = measure(model, governed, dataset, metric=metric, threads=threads)
+    trial = None if data is None else _Trial.of(source, data, metric, threads)
+    factors = None
+    if trial is not None and config.pruner == "sensitivity":
+        factors = trial.factors([w.name for _, chosen in config.assign(weights) for w in chosen])
     decisions, misfits = decide(config, weights, clock, held, factors)
     masks = Masks({d.weight.name: d.keep for d in decisions})
     for decision in decisions:
         edit(model, decision.weight, masks)
     report = Report(tuple(_row(d) for d in decisions), (*misfits, *untouched))
     note(model, config, report, clock)
-    if dataset is None and target is None:
+    if trial is None and target is None:
         return Result(model, masks, report)
     with model.stage(target, sparse_storage=sparse) as staged:
-        evaluation = None
-        if dataset is not None:
-            from onnxprune.runtime.evaluate import evaluate
-
-            evaluation = evaluate(staged.path, dataset, baseline=source, metric=metric, threads=threads)
-        accepted = max_drop is None or evaluation is None or evaluation.loss <= max_drop
+        evaluation = None if trial is None else trial.evaluate(staged.path)
+        accepted = max_drop is None or trial is None or trial.loss(evaluation) <= max_drop
         path = staged.commit() if target is not None and accepted else None
     return Result(model, masks, report, evaluation, path, accepted)
+
+
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """The dense model on the user's data: what a pruned one is held against. The data are read once."""
+
+    source: ModelSource
+    dense: Session
+    dataset: Dataset
+    metric: Any
+    threads: int | None
+
+    @classmethod
+    def of(cls, source: ModelSource, data: Any, metric: Any, threads: int | None) -> _Trial:
+        from onnxprune.runtime.feeds import load_data
+        from onnxprune.runtime.session import open_session
+
+        dense = open_session(source, threads=threads)
+        return cls(source, dense, load_data(data, dense.inputs), metric, threads)
+
+    def evaluate(self, model: Path) -> Evaluation:
+        from onnxprune.runtime.evaluate import evaluate
+
+        return evaluate(model, self.dataset, self.dense, metric=self.metric, threads=self.threads)
+
+    def factors(self, names: list[str]) -> dict[str, float]:
+        from onnxprune.sensitivity import factors, measure
+
+        return factors(measure(self.source, names, self.dataset, self.dense, metric=self.metric, threads=self.threads))
+
+    def loss(self, evaluation: Evaluation | None) -> float:
+        from onnxprune.sensitivity import loss
+
+        return 0.0 if evaluation is None else loss(evaluation)
 
 
 def edit(model: Model, weight: Weight, masks: Masks) -> None:

@@ -32,29 +32,31 @@ def erk(weights: Sequence[Units], sparsity: float) -> list[np.ndarray]:
     The density of a weight is proportional to (sum of its dimensions) / (product of its dimensions), at most 1;
     int(N * sparsity) entries go in total.
     """
-    sizes = np.array([units.entries for units in weights], np.float64)
+    sizes = np.array([units.entries for units in weights], np.int64)
+    room = np.array([_removable(units) for units in weights], np.int64)
     raw = np.array([sum(units.shape) / units.entries if units.entries else 0.0 for units in weights])
-    total = int(sum(units.entries for units in weights) * sparsity)
-    full = np.zeros(len(weights), np.bool_)
-    share = np.zeros(len(weights))
-    while True:  # a weight whose density would pass 1 stays whole, the others make up for it
-        room = sizes.sum() - total - sizes[full].sum()
-        part = (raw * sizes)[~full].sum()
-        share = np.where(full, 1.0, raw * (room / part if part > 0 else 0.0))
-        over = (share > 1) & ~full
-        if not over.any():
-            break
-        full |= over
-    wanted = sizes * (1 - np.clip(share, 0, 1))
+    total = int(int(sizes.sum()) * sparsity)
+
+    def removed(scale: float) -> np.ndarray:
+        """Entries of each weight that go, as a fraction, when densities are `scale` times the raw ones."""
+        return np.clip(sizes * (1 - raw * scale), 0, room)
+
+    dense, sparse = 1 / raw[raw > 0].min(initial=1.0), 0.0
+    for _ in range(200):  # bisection: the total falls as the scale rises
+        middle = (dense + sparse) / 2
+        dense, sparse = (dense, middle) if removed(middle).sum() > total else (middle, sparse)
+    wanted = removed(dense)
     counts = np.floor(wanted).astype(np.int64)
-    missing = total - int(counts.sum())
-    room_left = sizes.astype(np.int64) - counts
-    for index in np.argsort(-(wanted - counts), kind="stable"):
-        if missing > 0 and room_left[index] > 0:
+    for index in np.argsort(-(wanted - counts), kind="stable"):  # what rounding left over, largest remainder first
+        if counts.sum() < total and counts[index] < room[index]:
             counts[index] += 1
-            room_left[index] -= 1
-            missing -= 1
     return [take([units], int(count))[0] for units, count in zip(weights, counts, strict=True)]
+
+
+def _removable(units: Units) -> int:
+    """Entries that may go at most: those of units with a finite score."""
+    finite = np.isfinite(units.scores)
+    return int(finite.sum()) * units.sizes if isinstance(units.sizes, int) else int(units.sizes[finite].sum())
 
 
 def below(quality: float) -> Allocation:

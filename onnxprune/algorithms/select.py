@@ -25,10 +25,10 @@ import numpy as np
 
 from onnxprune.errors import PruneError
 
-CHUNK = 1 << 16  # elements worked on at a time: their keys and comparisons stay in a core's own cache
+CHUNK = 1 << 17  # elements worked on at a time: their keys and comparisons stay in cache
 SPAN = 1 << 20  # elements given to a thread at a time
 SAMPLE = 1 << 16  # keys sampled for the first bracket, at most
-ROOM = 1 << 18  # keys gathered per thread and pass, at most
+ROOM = 3 << 19  # bytes of keys gathered per thread and pass, at most
 WHOLE = 1 << 13  # up to so many elements are gathered without sampling
 THREADED = 1 << 22  # fewer elements are not worth starting threads for
 MAX_THREADS = 8  # by default: a few cores saturate memory
@@ -151,7 +151,7 @@ class _Bag:
     """Keys gathered by all threads in one pass: each of them or, where there is no room for that, every `step`-th."""
 
     def __init__(self, room: int, key: np.dtype[Any]) -> None:
-        self.keys = np.empty(room, key)
+        self.keys = np.empty(room // key.itemsize, key)
         self.size = 0
         self.step = 1
         self.lock = threading.Lock()
@@ -238,8 +238,8 @@ def _threshold(spans: list[_Span], need: int, run: Run, room: int) -> tuple[int,
         below_left, below_right, finite = map(sum, zip(*tallies, strict=True))
         if finite < need:
             raise PruneError(
-                f"cannot select {need} entries besides those held: only {finite} of them are finite, and infinite scores "
-                "are never selected; ask for fewer"
+                f"cannot select {need} entries besides those held: only {finite} of them are finite, and infinite "
+                "scores are never selected; ask for fewer"
             )
         if high == infinity:
             below_high = finite
@@ -305,20 +305,24 @@ def _bracket(sample: Array, share: float, low: int, high: int) -> tuple[int, int
 
 def _tally(span: _Span, left: int, right: int, infinity: int, bag: _Bag) -> tuple[int, int, int]:
     """How many keys are less than left, right and infinity; those from left to right go into the bag."""
-    below_left = below_right = finite = 0
+    below = inside = finite = 0
     for keys, mask, _ in span.chunks():
-        under, upto = keys < left, keys < right
-        below_left += np.count_nonzero(under)
-        below_right += np.count_nonzero(upto)
+        under = keys < left
+        below += np.count_nonzero(under)
+        under ^= keys < right
+        if right - left > 1:
+            found = _pick(keys, under)
+            inside += found.size
+            bag.add(found)
+        else:
+            inside += np.count_nonzero(under)
         finite += keys.size
         if keys.max() >= infinity:
             beyond = np.count_nonzero(keys >= infinity)
             finite -= beyond
             if np.count_nonzero(keys > infinity) > (0 if mask is None else np.count_nonzero(mask)):
                 raise PruneError(f"score array {span.index} ({_kind(span.result)}) holds a NaN, which has no rank")
-        if right - left > 1:
-            bag.add(_pick(keys, under ^ upto))
-    return below_left, below_right, finite
+    return below, below + inside, finite
 
 
 def _pick(keys: Array, chosen: Array) -> Array:

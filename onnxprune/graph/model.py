@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Union
+from typing import NamedTuple, Union
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, EncodeError
 from onnx import TensorProto
-from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_model
 
 from onnxprune.errors import PruneError
-from onnxprune.graph import sparse
+from onnxprune.graph import files, sparse, valid
 
 ModelSource = Union[str, "os.PathLike[str]", onnx.ModelProto, ir.Model]
 
 PROTOBUF_LIMIT = 2**31 - 2**20
 """Bytes a single .onnx file can hold (protobuf's 2 GB, less room for the graph itself)."""
 
+PAGE = 4096
+"""Tensors that have to leave a model above the limit start on a page, so that they can be mapped; smaller ones stay."""
+
 Edit = Callable[[np.ndarray], np.ndarray]
 """Takes a tensor's stored array, returns the array to store instead (same shape and type)."""
+
+
+class Place(NamedTuple):
+    """Where a tensor kept in an external file lies: two tensors may share bytes, not names as well."""
+
+    path: str
+    offset: int
+    name: str
 
 
 @dataclass(eq=False)
@@ -37,6 +48,15 @@ class Model:
     The view shares its tensors with the protobuf, so replacing a tensor's bytes there changes what is
     saved. Tensors kept in external files are never read as a whole: a change to one is held as an
     edit and carried out, tensor by tensor, on the copy of its file that a save makes.
+
+    Attributes:
+        proto: the model; sparse initializers are dense here.
+        graph: onnx-ir's view of it.
+        folder: what external locations are relative to.
+        path: the file it came from.
+        sparse_names: the initializers that came sparse, and are stored so again.
+        data: location of each external data file, as the model spells it -> its real path.
+        edits: changes to external tensors.
     """
 
     proto: onnx.ModelProto
@@ -44,22 +64,27 @@ class Model:
     folder: Path | None = None
     path: Path | None = None
     sparse_names: frozenset[str] = frozenset()
-    edits: dict[tuple[str, int], tuple[ir.ExternalTensor, Edit]] = field(default_factory=dict)
+    data: dict[str, str] = field(default_factory=dict)
+    edits: dict[Place, tuple[ir.ExternalTensor, Edit]] = field(default_factory=dict)
 
     @property
     def external_files(self) -> list[str]:
         """Locations (relative to the model's folder) of the external data files, in order of appearance."""
-        return list(dict.fromkeys(ExternalDataInfo(t).location for t in external_tensors(self.proto)))
+        return list(self.data)
 
     def read(self, tensor: ir.TensorProtocol) -> np.ndarray:
         """A tensor's stored array; read-only, memory-mapped where the data is external, edits not applied."""
-        array = tensor.numpy()
+        with _reading():
+            array = tensor.numpy()
         return array if array.flags.c_contiguous else np.ascontiguousarray(array)
 
     def edit(self, tensor: ir.TensorProtocol, change: Edit) -> None:
         """Replace a tensor's stored values: now where it lives in the protobuf, at the next save where it is external."""
         if isinstance(tensor, ir.ExternalTensor):
-            self.edits[os.fspath(tensor.location), tensor.offset or 0] = (tensor, change)
+            place = Place(os.fspath(tensor.location), tensor.offset or 0, tensor.name or "")
+            if place in self.edits and self.edits[place][0] is not tensor:
+                raise PruneError(f"two tensors named '{place.name}' share the same bytes of '{place.path}'; save the model again first")
+            self.edits[place] = (tensor, change)
             return
         if not isinstance(tensor, ir.serde.TensorProtoTensor):  # every inline tensor of a deserialised graph is one
             raise PruneError(f"tensor '{tensor.name}' is stored as {type(tensor).__name__}, which cannot be rewritten")
@@ -69,14 +94,15 @@ class Model:
         """A copy of the model as one protobuf with all data inside, edits applied."""
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
-        if self.external_files:
-            infos = [(t, ExternalDataInfo(t)) for t in external_tensors(proto)]
-            assert self.folder is not None
-            load_external_data_for_model(proto, str(self.folder))
-            for tensor, info in infos:
-                edit = self.edits.get((info.location, info.offset or 0))
-                if edit is not None:
-                    store(tensor, edit[0].dtype, edit[1](self.read(edit[0])))
+        for tensor in list(external_tensors(proto)):
+            location = valid.external(tensor)
+            content = self._edited(tensor)
+            if content is None:
+                with _reading(), open(self.data[location.file], "rb") as file:
+                    file.seek(location.offset)
+                    content = file.read(valid.nbytes(tensor))
+            _clear(tensor)
+            tensor.raw_data = content
         return proto
 
     @contextlib.contextmanager
@@ -87,61 +113,77 @@ class Model:
         `Staged.commit` renames it into place. Leaving the context uncommitted removes every trace.
         """
         target = None if target is None else Path(os.path.realpath(target))  # a link's file is replaced, not the link
-        parent = None if target is None else target.parent
-        if parent is not None and not parent.is_dir():
-            raise PruneError(f"cannot write '{target}': the folder '{parent}' does not exist; create it first")
-        try:
-            folder = Path(tempfile.mkdtemp(prefix=".onnxprune-", dir=parent))
-        except OSError as error:
-            raise PruneError(f"cannot write to the folder '{parent}': {error.strerror}") from error
-        try:
+        if str(target) in self.data.values():
+            raise PruneError(f"the output '{target}' is the external data file of the input; choose another name")
+        with files.staging(target) as folder:
             name = "model.onnx" if target is None else target.name
-            data = self._write(folder, name, target, sparse_storage)
-            yield Staged(folder / name, data, target)
-        except OSError as error:
-            raise PruneError(f"cannot write '{target}': {error.strerror or error}") from error
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            with files.writing(target):
+                data = self._write(folder, name, target, sparse_storage)
+            yield Staged(folder / name, data, target, self)
 
     def _write(self, folder: Path, name: str, target: Path | None, sparse_storage: bool) -> list[str]:
         """Write graph and data files into `folder`; returns the names of the data files."""
-        renamed: dict[str, str] = {}
-        taken = set() if target is None else {p.name for p in target.parent.iterdir()}
-        for location in self.external_files:
-            renamed[location] = _data_name(name, location, len(self.external_files) == 1, taken | set(renamed.values()))
-            assert self.folder is not None
-            copy = folder / renamed[location]
-            shutil.copyfile(self.folder / location, copy)
-            os.chmod(copy, 0o644)
-            with open(copy, "r+b") as file:
-                for (where, offset), (tensor, change) in self.edits.items():
-                    if where == location:
-                        file.seek(offset)
-                        file.write(encode(change(self.read(tensor)), tensor.dtype))
-                        tensor.release()
-                file.flush()
-                os.fsync(file.fileno())
+        names = _data_names(name, target)
         proto = self.proto
-        inline = sum(len(t.raw_data) for t in tensors(proto))
-        if renamed or sparse_storage or self.sparse_names or inline > PROTOBUF_LIMIT:
+        if self.data or sparse_storage or self.sparse_names:
             proto = onnx.ModelProto()
             proto.CopyFrom(self.proto)
-            for tensor in external_tensors(proto):
-                for entry in tensor.external_data:
-                    if entry.key == "location":
-                        entry.value = renamed[entry.value]
-                    elif entry.key == "checksum":
-                        entry.value = ""
+        copies = {path: next(names) for path in dict.fromkeys(self.data.values())}
+        for path, copy in copies.items():
+            with _reading():  # a missing source is not the target's fault
+                os.stat(path)
+            shutil.copyfile(path, folder / copy)
+            self._patch([t for t in external_tensors(proto) if self.data[valid.external(t).file] == path], folder / copy)
+            files.sync(folder / copy)
         sparse.compress(proto, None if sparse_storage else self.sparse_names)
-        if inline > PROTOBUF_LIMIT:
-            data = _data_name(name, "", True, taken | set(renamed.values()))
-            onnx.save_model(proto, str(folder / name), save_as_external_data=True, location=data, size_threshold=1024)
-            renamed[""] = data
-        else:
-            (folder / name).write_bytes(proto.SerializeToString(deterministic=True))
-        with open(folder / name, "rb") as file:
-            os.fsync(file.fileno())
-        return list(renamed.values())
+        content = _serialize(proto)
+        if content is None:
+            if proto is self.proto:
+                proto = onnx.ModelProto()
+                proto.CopyFrom(self.proto)
+            copies[""] = next(names)
+            _move_out(proto, folder / copies[""])
+            content = _serialize(proto)
+            if content is None:
+                raise PruneError("the model is larger than 2 GB even without its tensors; it cannot be stored as ONNX")
+        (folder / name).write_bytes(content)
+        return list(copies.values())
+
+    def _patch(self, tensors: list[TensorProto], copy: Path) -> None:
+        """Carry out the edits on the copy of a data file, and point its tensors there.
+
+        An edited tensor that shares bytes with one that becomes something else moves to the end of the file.
+        """
+        groups: dict[tuple[int, int], list[TensorProto]] = {}
+        for tensor in tensors:
+            start = valid.external(tensor).offset
+            groups.setdefault((start, start + valid.nbytes(tensor)), []).append(tensor)
+        spans = sorted(groups)
+        ends = [0, *itertools.accumulate((end for _, end in spans), max)]
+        with open(copy, "r+b") as file:
+            for i, (start, end) in enumerate(spans):
+                group = groups[start, end]
+                contents = [self._edited(tensor) for tensor in group]
+                overlaps = ends[i] > start or (i + 1 < len(spans) and spans[i + 1][0] < end)
+                alone = not overlaps and all(content == contents[0] for content in contents)
+                for tensor, content in zip(group, contents, strict=True):
+                    offset = start
+                    if content is not None:
+                        offset = file.seek(start) if alone else file.seek(0, os.SEEK_END)
+                        file.write(content)
+                    _point(tensor, copy.name, offset)
+
+    def _edited(self, tensor: TensorProto) -> bytes | None:
+        """The bytes an external tensor is to have; None where they stay as they are."""
+        location = valid.external(tensor)
+        edit = self.edits.get(Place(self.data[location.file], location.offset, tensor.name))
+        if edit is None:
+            return None
+        view, change = edit
+        content = encode(change(self.read(view)), view.dtype)
+        with contextlib.suppress(BufferError):  # somebody still looks at it
+            view.release()
+        return content
 
 
 @dataclass(frozen=True)
@@ -151,6 +193,7 @@ class Staged:
     path: Path
     data: list[str]
     target: Path | None
+    model: Model = field(repr=False)
 
     @property
     def size(self) -> int:
@@ -158,16 +201,35 @@ class Staged:
         return sum((self.path.parent / name).stat().st_size for name in (self.path.name, *self.data))
 
     def commit(self) -> Path:
-        """Rename the data files, then the model file, which is the moment the target changes."""
+        """Rename the data files, then the model file, which is the moment the target changes.
+
+        Data files that an earlier save of the target left, and nothing refers to any more, go. Where they were the
+        model's own (it was pruned in place), the model goes on with the new ones.
+        """
         assert self.target is not None
         target = self.target
-        replaced = _data_files(target) - set(self.data) if target.exists() else set()
-        for name in self.data:
-            os.replace(self.path.parent / name, target.parent / name)
-        os.replace(self.path, target)
-        for name in replaced:  # written by an earlier save of this target, and referenced by nothing any more
-            if name.startswith(f"{target.name}.") and name.endswith(".data"):
-                (target.parent / name).unlink(missing_ok=True)
+        folder = target.parent
+        in_place = self.model.path is not None and os.path.realpath(self.model.path) == str(target)
+        used = set() if in_place else {os.path.realpath(path) for path in self.model.data.values()}
+        stale = [path for path in _data_files(target) if os.path.realpath(path) not in used]
+        with files.writing(target):
+            if taken := [name for name in self.data if (folder / name).exists()]:
+                raise PruneError(f"cannot write '{target}': '{taken[0]}' appeared in its folder meanwhile; run again")
+            try:
+                for name in self.data:
+                    files.put(self.path.parent / name, folder / name)
+                files.sync(folder)
+                files.put(self.path, target)
+            except BaseException:
+                for name in self.data:
+                    (folder / name).unlink(missing_ok=True)
+                raise
+            files.sync(folder)
+        for path in stale:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        if in_place and self.model.data:
+            vars(self.model).update(vars(load(target)))
         return target
 
 
@@ -176,7 +238,7 @@ def load(source: ModelSource) -> Model:
 
     Raises:
         PruneError: the file is missing, truncated or no ONNX model; external data is missing, too short or
-            outside the model's folder.
+            outside the model's folder; a tensor or a name is invalid.
     """
     if isinstance(source, onnx.ModelProto):
         proto = onnx.ModelProto()
@@ -186,44 +248,71 @@ def load(source: ModelSource) -> Model:
         folders = {os.fspath(t.base_dir) for t in _ir_external(source)}
         if len(folders) > 1:
             raise PruneError(f"the model keeps external data in several folders ({sorted(folders)}); save it to one file first")
-        return _open(ir.to_proto(source), Path(folders.pop()) if folders else None, None)
+        try:
+            proto = ir.to_proto(source)
+        except Exception as error:  # onnx-ir raises many kinds
+            raise PruneError(f"the onnx_ir.Model cannot be serialised: {_reason(error)}") from error
+        return _open(proto, Path(folders.pop()).absolute() if folders else None, None)
     if not isinstance(source, (str, os.PathLike)):
         raise PruneError(
             f"a model is a path, an onnx.ModelProto or an onnx_ir.Model, not {type(source).__name__}; "
             "torch and Keras models go through onnxprune.converters"
         )
     path = Path(source)
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise PruneError(f"no such file: '{path}'; give the path of an existing .onnx model") from None
-    except OSError as error:
-        raise PruneError(f"cannot read '{path}': {error.strerror}") from error
-    try:
-        proto = onnx.ModelProto.FromString(content)
-    except DecodeError:
-        raise PruneError(f"'{path}' is not an ONNX model, or is truncated ({len(content)} bytes): protobuf cannot parse it") from None
+    proto = _parse(path)
     if not proto.HasField("graph") or not proto.opset_import:
-        raise PruneError(f"'{path}' is not an ONNX model, or is truncated: it parses, but holds no graph and operator set")
+        raise PruneError(f"'{path}' is not an ONNX model, or is truncated: it parses, but holds no graph and operator set; {_AGAIN}")
     return _open(proto, path.absolute().parent, path)
 
 
-def _open(proto: onnx.ModelProto, folder: Path | None, path: Path | None) -> Model:
-    _check_external(proto, folder, "the model" if path is None else f"'{path}'")
-    names = sparse.densify(proto)
-    for graph in graphs(proto):
-        for node in graph.node:
-            if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value_floats":
-                _floats_to_tensor(node)
+_AGAIN = "give the path of an .onnx file, or export it again"
+
+
+def _parse(path: Path) -> onnx.ModelProto:
     try:
+        if not path.exists():
+            raise PruneError(f"no such file: '{path}'; give the path of an existing .onnx model")
+        if not path.is_file():
+            raise PruneError(f"'{path}' is {'a folder' if path.is_dir() else 'no regular file'}; give the path of an .onnx model")
+        content = path.read_bytes()
+    except PruneError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise PruneError(f"cannot read '{path}': {getattr(error, 'strerror', None) or error}; check its name and permissions") from error
+    try:
+        return onnx.ModelProto.FromString(content)
+    except DecodeError:
+        raise PruneError(
+            f"'{path}' is not an ONNX model, or is truncated ({len(content)} bytes): protobuf cannot parse it; {_AGAIN}"
+        ) from None
+
+
+def _open(proto: onnx.ModelProto, folder: Path | None, path: Path | None) -> Model:
+    what = "the model" if path is None else f"'{path}'"
+    try:
+        for tensor in tensors(proto):
+            valid.check_tensor(tensor, what)
+        valid.check_names(proto, what)
+        roots = [p for p in (folder, None if path is None else Path(os.path.realpath(path)).parent) if p is not None]
+        data = valid.check_external(list(external_tensors(proto)), roots, what)
+        names = sparse.densify(proto)
+        for graph in graphs(proto):
+            for node in graph.node:
+                if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value_floats":
+                    _floats_to_tensor(node)
+        # The view looks external tensors up by their real paths: they are checked, and onnx-ir refuses the hard links
+        # and the linked folders that package managers and model caches make.
+        located = [(e, e.value) for t in external_tensors(proto) for e in t.external_data if e.key == "location"]
+        for entry, location in located:
+            entry.value = data[location]
         view = ir.from_proto(proto)
-    except Exception as error:
-        root = error.__cause__ or error
-        raise PruneError(f"{'the model' if path is None else repr(str(path))} is not a valid ONNX graph: {root}") from error
-    if folder is not None:
-        for tensor in _ir_external(view):
-            tensor.base_dir = folder
-    return Model(proto, view, folder, path, names)
+        for entry, location in located:
+            entry.value = location
+    except PruneError:
+        raise
+    except Exception as error:  # a hostile file makes the parsers raise anything
+        raise PruneError(f"{what} is not a valid ONNX graph: {_reason(error)}; {_AGAIN}") from error
+    return Model(proto, view, folder, path, names, data)
 
 
 def graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
@@ -252,6 +341,9 @@ def tensors(proto: onnx.ModelProto) -> Iterator[TensorProto]:
                 if attribute.HasField("t"):
                     yield attribute.t
                 yield from attribute.tensors
+                if attribute.HasField("sparse_tensor"):
+                    yield attribute.sparse_tensor.values
+                    yield attribute.sparse_tensor.indices
 
 
 def external_tensors(proto: onnx.ModelProto) -> Iterator[TensorProto]:
@@ -265,15 +357,56 @@ def encode(array: np.ndarray, dtype: ir.DataType) -> bytes:
 
 
 def store(tensor: TensorProto, dtype: ir.DataType, array: np.ndarray) -> None:
-    """Put an array into a TensorProto as raw data, in place of whatever holds its values now."""
-    for name in ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "external_data", "data_location"):
+    """Put an array into a TensorProto, in place of whatever holds its values now: as raw data, where that is not larger."""
+    content = encode(array, dtype)
+    # int32_data spends one byte on a zero; as raw data, a 16-bit tensor of zeros would grow.
+    small = bool(tensor.int32_data) and dtype.bitwidth == 16
+    _clear(tensor)
+    if small:
+        tensor.int32_data.extend(np.frombuffer(content, "<u2").astype(np.int32).tolist())
+        if tensor.ByteSize() < len(content):
+            return
+        tensor.ClearField("int32_data")
+    tensor.raw_data = content
+
+
+def _clear(tensor: TensorProto) -> None:
+    for name in ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "raw_data", "external_data", "data_location"):
         tensor.ClearField(name)  # type: ignore[arg-type]
-    tensor.raw_data = encode(array, dtype)
+
+
+def _point(tensor: TensorProto, location: str, offset: int) -> None:
+    """Make a tensor refer to a place in a file."""
+    _clear(tensor)
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", offset), ("length", valid.nbytes(tensor))):
+        tensor.external_data.add(key=key, value=str(value))
+
+
+def _move_out(proto: onnx.ModelProto, path: Path) -> None:
+    """Move the data of every larger tensor into a file."""
+    with open(path, "wb") as file:
+        for tensor in tensors(proto):
+            if tensor.data_location == TensorProto.EXTERNAL or tensor.data_type == TensorProto.STRING or valid.nbytes(tensor) < PAGE:
+                continue
+            offset = file.seek(-(-file.tell() // PAGE) * PAGE)
+            file.write(ir.serde.TensorProtoTensor(tensor).tobytes())
+            _point(tensor, path.name, offset)
+    files.sync(path)
+
+
+def _serialize(proto: onnx.ModelProto) -> bytes | None:
+    """The bytes of a model; None where they are more than a file can hold."""
+    try:
+        content = proto.SerializeToString(deterministic=True)
+    except (EncodeError, ValueError):  # protobuf's implementations differ
+        return None
+    return content if len(content) <= PROTOBUF_LIMIT else None
 
 
 def _ir_external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    for graph in model.graphs():
-        for value in graph.initializers.values():
+    for graph in (*model.graphs(), *(g for function in model.functions.values() for g in (function, *function.subgraphs()))):
+        for value in graph.initializers.values() if isinstance(graph, ir.Graph) else ():
             if isinstance(value.const_value, ir.ExternalTensor):
                 yield value.const_value
         for node in graph:
@@ -287,48 +420,34 @@ def _floats_to_tensor(node: onnx.NodeProto) -> None:
     node.attribute[0].CopyFrom(onnx.helper.make_attribute("value", onnx.numpy_helper.from_array(values)))
 
 
-def _check_external(proto: onnx.ModelProto, folder: Path | None, what: str) -> None:
-    for tensor in external_tensors(proto):
-        try:
-            info = ExternalDataInfo(tensor)
-            offset, length = int(info.offset or 0), int(info.length or 0)
-        except (ValueError, TypeError) as error:
-            raise PruneError(f"{what}: external data of tensor '{tensor.name}' is described wrongly: {error}") from None
-        if folder is None:
-            raise PruneError(
-                f"{what}: tensor '{tensor.name}' keeps its data in the file '{info.location}', but a ModelProto has no folder; "
-                "pass the path of the model, or load it with its external data"
-            )
-        path = folder / info.location
-        inside = os.path.realpath(path).startswith(os.path.realpath(folder) + os.sep)
-        if not info.location or os.path.isabs(info.location) or not inside:
-            raise PruneError(
-                f"{what}: external data of tensor '{tensor.name}' is at '{info.location}', outside the model's folder; "
-                "that is refused: move the data beside the model"
-            )
-        if not path.is_file():
-            raise PruneError(f"{what}: the external data file '{info.location}' of tensor '{tensor.name}' is missing in '{folder}'")
-        dtype = ir.DataType(tensor.data_type)
-        need = -(-int(np.prod(tensor.dims, dtype=object)) * dtype.bitwidth // 8)
-        size = path.stat().st_size
-        if offset < 0 or length < 0 or (length and length < need) or offset + max(need, length) > size:
-            raise PruneError(
-                f"{what}: external data of tensor '{tensor.name}' {list(tensor.dims)} needs {need} bytes at offset {offset} of "
-                f"'{info.location}', which has {size} (declared length {length or 'none'}): the file is truncated or the wrong one"
-            )
-
-
-def _data_files(model: Path) -> set[str]:
-    """Names of the external data files an existing model file refers to (none if it is no model)."""
+def _data_files(model: Path) -> list[Path]:
+    """The external data files of an existing model that a save of it made (none if it is no model)."""
+    own = re.compile(rf"{re.escape(model.name)}\.(\d+\.)?data")
     try:
-        proto = onnx.load_model(str(model), load_external_data=False)
+        locations = {valid.external(t).file for t in external_tensors(_parse(model))}
     except Exception:
-        return set()
-    return {ExternalDataInfo(t).location for t in external_tensors(proto)}
+        return []
+    return [model.parent / name for name in sorted(locations) if own.fullmatch(name)]
 
 
-def _data_name(model: str, location: str, only: bool, taken: set[str]) -> str:
-    """A free name for a data file of `model`: the first of model.data, model.1.data, ... that nothing has yet."""
-    stem = model if only else f"{model}.{Path(location).name}"
-    names = (f"{stem}.data" if i == 0 else f"{stem}.{i}.data" for i in range(1_000_000))
-    return next(name for name in names if name not in taken)
+def _data_names(model: str, target: Path | None) -> Iterator[str]:
+    """Names for the data files of a model, free in the target's folder: model.data, model.1.data, ..."""
+    taken = set() if target is None else set(os.listdir(target.parent))
+    names = (f"{model}.{i}.data" for i in itertools.count(1))
+    return (name for name in itertools.chain([f"{model}.data"], names) if name not in taken)
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """Say that a model's data changed under our hands: they were there, and long enough, when it was loaded."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise PruneError(f"the model's data can no longer be read ({_reason(error)}); load the model again") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:500] or type(error).__name__

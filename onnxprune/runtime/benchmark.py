@@ -138,12 +138,12 @@ def compare(times: Sequence[Sequence[float]], baseline: Sequence[Sequence[float]
     """Speedup and whether it is one, from seconds of runs taken in pairs, one sequence for each load of the models.
 
     The speedup is the median of all ratios baseline / model. It counts if it is at least `MIN_EFFECT` away from 1 and
-    the middle half of all ratios and the median of every load lie on the same side of 1.
+    the middle half of every load's ratios lies on the same side of 1.
     """
     loads = [np.asarray(slow) / np.asarray(fast) for fast, slow in zip(times, baseline, strict=True)]
-    low, median, high = np.quantile(np.concatenate(loads), [0.25, 0.5, 0.75])
-    points = np.array([low, high, *(np.median(ratios) for ratios in loads)])
-    same_side = bool((points > 1).all() or (points < 1).all())
+    median = np.median(np.concatenate(loads))
+    quarters = np.array([np.quantile(ratios, [0.25, 0.75]) for ratios in loads])
+    same_side = bool((quarters > 1).all() or (quarters < 1).all())
     return float(median), same_side and bool(abs(np.log(median)) >= np.log1p(MIN_EFFECT))
 
 

@@ -1,0 +1,64 @@
+"""Writing files as a transaction: complete and on disk beside their target first, then renamed into place."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from onnxprune.errors import PruneError
+
+PREFIX = ".onnxprune-"
+"""Of the hidden folders that files are written in."""
+
+
+@contextlib.contextmanager
+def staging(target: Path | None) -> Iterator[Path]:
+    """A hidden folder beside a target (None: in the system's temporary folder), removed with all it holds.
+
+    Raises:
+        PruneError: the target's folder does not exist or cannot be written.
+    """
+    parent = None if target is None else target.parent
+    if parent is not None and not parent.is_dir():
+        raise PruneError(f"cannot write '{target}': the folder '{parent}' does not exist; create it first")
+    with writing(target):
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(target: Path | None) -> Iterator[None]:
+    """Say which target the operating system refused to write, and why."""
+    try:
+        yield
+    except OSError as error:
+        what = "a temporary file" if target is None else f"'{target}'"
+        raise PruneError(
+            f"cannot write {what}: {error.strerror or error}; make room or choose another folder. Nothing was changed"
+        ) from error
+
+
+def put(staged: Path, target: Path) -> None:
+    """Rename a complete file over its target, whose permissions it takes on where it exists."""
+    if target.exists():
+        shutil.copymode(target, staged)
+    sync(staged)
+    os.replace(staged, target)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's entries, are on disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows has no handle for that, and needs none
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

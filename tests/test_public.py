@@ -1,0 +1,88 @@
+"""The public surface: what is exported, what an import loads, what depends on what."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import onnxprune
+
+PUBLIC = {
+    "AGPPruner",
+    "Benchmark",
+    "Evaluation",
+    "Inspection",
+    "LevelPruner",
+    "Masks",
+    "PruneError",
+    "Pruner",
+    "Report",
+    "Result",
+    "SensitivityPruner",
+    "__version__",
+    "benchmark",
+    "evaluate",
+    "inspect",
+    "prune",
+}
+HEAVY = ("torch", "tensorflow", "keras", "tf2onnx", "onnxruntime", "scipy", "sklearn")
+PACKAGE = Path(onnxprune.__file__).parent
+FLOORS = {
+    "errors": 0,
+    "_version": 0,
+    "graph": 1,
+    "algorithms": 2,  # with config: entries name patterns, scores and allocations
+    "config": 2,
+    "runtime": 3,
+    "sensitivity": 4,
+    "inspection": 4,
+    "api": 5,
+    "tables": 6,
+    "cli": 7,
+    "__main__": 8,
+}
+
+
+def test_public_names():
+    assert set(onnxprune.__all__) == PUBLIC, "the public API changed: if that is meant, change PUBLIC here and the README"
+    for name in onnxprune.__all__:
+        assert getattr(onnxprune, name) is not None
+    assert set(dir(onnxprune)) >= PUBLIC
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'prune_model'"):
+        onnxprune.prune_model  # noqa: B018
+
+
+@pytest.mark.parametrize("statement", ["import onnxprune", "from onnxprune import prune, inspect, AGPPruner", "import onnxprune.cli"])
+def test_an_import_loads_neither_framework_nor_runtime(statement):
+    code = f"import sys; {statement}; print([m for m in {HEAVY} if m in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.strip() == "[]"
+
+
+def test_pruning_without_data_loads_no_runtime(tmp_path):
+    model = Path(__file__).parents[1] / "models" / "lenet5.onnx"
+    code = (
+        f"import sys, onnxprune; onnxprune.prune({str(model)!r}, [{{'sparsity': 0.5}}], {str(tmp_path / 'out.onnx')!r});"
+        f"print([m for m in {HEAVY} if m in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_dependencies_point_downwards(path):
+    """A module imports, when it is loaded, from its own floor or a lower one; the bridges are never imported."""
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if own in {"__init__", "converters"}:
+        return
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("onnxprune."):
+            other = node.module.split(".")[1]
+            assert FLOORS[other] <= FLOORS[own], f"{path.name} ({own}) imports {node.module}"

@@ -1,0 +1,466 @@
+"""Every operator with a weight: which entries go, in which order, and that the operator sees zeros there."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from nets import Net, Operand, changed, feeds, parse, pi, run
+from weight_oracle import check
+
+import onnxprune
+
+F32 = np.float32
+
+
+def rows(x: np.ndarray) -> np.ndarray:
+    """(..., outputs, inputs)."""
+    return np.concatenate(list(x)) if x.ndim == 3 else x
+
+
+def columns(x: np.ndarray) -> np.ndarray:
+    """(..., inputs, outputs)."""
+    return np.concatenate([m.T for m in x]) if x.ndim == 3 else x.T
+
+
+def transposed(groups: int):
+    """(C, M/groups, *k) of a ConvTranspose, one output channel at a time."""
+
+    def role(x: np.ndarray) -> np.ndarray:
+        return np.stack([part[:, m] for part in np.split(x, groups) for m in range(x.shape[1])])
+
+    return role
+
+
+def shifted(zero: object, scale: object = 1.0):
+    """Real numbers of a quantised operand."""
+    return lambda x: (x - np.asarray(zero)) * np.asarray(scale)
+
+
+def op(
+    id: str,
+    text: str,
+    keeps: str,
+    w: np.ndarray,
+    role=lambda x: x,
+    real=lambda x: x,
+    opset: int = 21,
+    **arrays: np.ndarray,
+) -> Net:
+    return Net(id, parse(text, opset, W=w, **arrays), {"W": keeps}, {"W": [Operand("W", role, real)]})
+
+
+def two(
+    id: str,
+    text: str,
+    keeps: tuple[str, str],
+    w: np.ndarray,
+    r: np.ndarray,
+    role=rows,
+    real=(lambda x: x,) * 2,
+    **arrays: np.ndarray,
+) -> Net:
+    """A recurrent layer with its input and its recurrent weight."""
+    seen = {"W": [Operand("W", role, real[0])], "R": [Operand("R", role, real[1])]}
+    return Net(id, parse(text, W=w, R=r, **arrays), dict(zip("WR", keeps, strict=True)), seen)
+
+
+FLOAT = [
+    op("Conv1d", "(float[1,2,5] x) => (float[1,3,3] y) { y = Conv(x, W) }", "001110 101011 010010", pi(3, 2, 3)),
+    op(
+        "Conv2d",
+        "(float[1,2,4,4] x) => (float[1,3,3,3] y) { y = Conv(x, W) }",
+        "00011010 10110100 10110101",
+        pi(3, 2, 2, 2),
+    ),
+    op(
+        "Conv3d",
+        "(float[1,2,3,3,3] x) => (float[1,2,2,2,2] y) { y = Conv(x, W) }",
+        "0001101010110100 1011010100101101",
+        pi(2, 2, 2, 2, 2),
+    ),
+    op(
+        "Conv grouped",
+        "(float[1,4,3] x) => (float[1,4,2] y) { y = Conv<group=2>(x, W) }",
+        "0011 1010 1011 0100",
+        pi(4, 2, 2),
+    ),
+    op(
+        "Conv depthwise", "(float[1,4,3] x) => (float[1,4,2] y) { y = Conv<group=4>(x, W) }", "00 11 10 10", pi(4, 1, 2)
+    ),
+    op(
+        "ConvTranspose",
+        "(float[1,3,3] x) => (float[1,2,4] y) { y = ConvTranspose(x, W) }",
+        "0001 1010 1011",
+        pi(3, 2, 2),
+        transposed(1),
+    ),
+    op(
+        "ConvTranspose grouped",
+        "(float[1,4,3] x) => (float[1,6,4] y) { y = ConvTranspose<group=2>(x, W) }",
+        "000110 101011 010010 110101",
+        pi(4, 3, 2),
+        transposed(2),
+    ),
+    op("Gemm", "(float[2,3] x) => (float[2,4] y) { y = Gemm(x, W) }", "0001 1010 1011", pi(3, 4), columns),
+    op(
+        "Gemm transB",
+        "(float[2,3] x) => (float[2,4] y) { y = Gemm<transB=1>(x, W) }",
+        "000 110 101 011",
+        pi(4, 3),
+        rows,
+    ),
+    op("Gemm of W x", "(float[3,2] x) => (float[4,2] y) { y = Gemm(W, x) }", "000 110 101 011", pi(4, 3), rows),
+    op(
+        "Gemm transA of W x",
+        "(float[3,2] x) => (float[4,2] y) { y = Gemm<transA=1>(W, x) }",
+        "0001 1010 1011",
+        pi(3, 4),
+        columns,
+    ),
+    op("MatMul right", "(float[2,3] x) => (float[2,4] y) { y = MatMul(x, W) }", "0001 1010 1011", pi(3, 4), columns),
+    op("MatMul left", "(float[3,2] x) => (float[4,2] y) { y = MatMul(W, x) }", "000 110 101 011", pi(4, 3), rows),
+    op(
+        "MatMul right batched",
+        "(float[2,2,3] x) => (float[2,2,4] y) { y = MatMul(x, W) }",
+        "000110101011 010010110101",
+        pi(2, 3, 4),
+        columns,
+    ),
+    op(
+        "MatMul left batched",
+        "(float[2,3,2] x) => (float[2,4,2] y) { y = MatMul(W, x) }",
+        "000110101011 010010110101",
+        pi(2, 4, 3),
+        rows,
+    ),
+    op("MatMul right vector", "(float[2,5] x) => (float[2] y) { y = MatMul(x, W) }", "00111", pi(5), lambda x: x[None]),
+    op("MatMul left vector", "(float[5,2] x) => (float[2] y) { y = MatMul(W, x) }", "00111", pi(5), lambda x: x[None]),
+    two(
+        "RNN",
+        "(float[2,1,3] x) => (float[2,1,1,2] y) { y = RNN<hidden_size=2>(x, W, R) }",
+        ("001 110", "00 11"),
+        pi(1, 2, 3),
+        pi(1, 2, 2),
+    ),
+    two(
+        "GRU",
+        "(float[2,1,3] x) => (float[2,1,1,2] y) { y = GRU<hidden_size=2>(x, W, R) }",
+        ("001 110 101 011 010 010", "00 01 10 10 10 11"),
+        pi(1, 6, 3),
+        pi(1, 6, 2),
+    ),
+    two(
+        "LSTM",
+        "(float[2,1,3] x) => (float[2,1,1,2] y) { y = LSTM<hidden_size=2>(x, W, R) }",
+        ("000 110 101 011 010 010 110 101", "00 11 10 10 10 11 01 00"),
+        pi(1, 8, 3),
+        pi(1, 8, 2),
+    ),
+    two(
+        "LSTM bidirectional",
+        '(float[2,1,3] x) => (float[2,2,1,2] y) { y = LSTM<hidden_size=2, direction="bidirectional">(x, W, R) }',
+        ("000110101011010010110101 001011010111110110000001", "0001101010110100 1011010100101101"),
+        pi(2, 8, 3),
+        pi(2, 8, 2),
+    ),
+    op(
+        "FusedConv",
+        '(float[1,2,5] x) => (float[1,3,3] y) { y = com.microsoft.FusedConv<activation="Relu">(x, W) }',
+        "001110 101011 010010",
+        pi(3, 2, 3),
+    ),
+    op(
+        "FusedMatMul",
+        "(float[2,3] x) => (float[2,4] y) { y = com.microsoft.FusedMatMul<alpha=0.5>(x, W) }",
+        "0001 1010 1011",
+        pi(3, 4),
+        columns,
+    ),
+    op(
+        "FusedMatMul transB",
+        "(float[2,3] x) => (float[2,4] y) { y = com.microsoft.FusedMatMul<transB=1>(x, W) }",
+        "000 110 101 011",
+        pi(4, 3),
+        rows,
+    ),
+    op(
+        "FusedMatMul left",
+        "(float[3,2] x) => (float[4,2] y) { y = com.microsoft.FusedMatMul(W, x) }",
+        "000 110 101 011",
+        pi(4, 3),
+        rows,
+    ),
+    op(
+        "FusedMatMul transA",
+        "(float[3,2] x) => (float[4,2] y) { y = com.microsoft.FusedMatMul<transA=1>(W, x) }",
+        "0001 1010 1011",
+        pi(3, 4),
+        columns,
+    ),
+    op(
+        "FusedMatMul transBatchB",
+        "(float[2,2,3] x) => (float[2,2,4] y) { y = com.microsoft.FusedMatMul<transBatchB=1>(x, W) }",
+        "00011010 10110100 10110101",
+        pi(3, 2, 4),
+        lambda x: columns(np.stack([x[:, b] for b in range(2)])),
+    ),
+    op(
+        "FusedMatMul transB transBatchB",
+        "(float[2,2,3] x) => (float[2,2,4] y) { y = com.microsoft.FusedMatMul<transB=1, transBatchB=1>(x, W) }",
+        "000110 101011 010010 110101",
+        pi(4, 2, 3),
+        lambda x: rows(np.stack([x[:, b] for b in range(2)])),
+    ),
+    op(
+        "FusedMatMul transBatchA",
+        "(float[2,3,2] x) => (float[2,4,2] y) { y = com.microsoft.FusedMatMul<transBatchA=1>(W, x) }",
+        "000110 101011 010010 110101",
+        pi(4, 2, 3),
+        lambda x: rows(np.stack([x[:, b] for b in range(2)])),
+    ),
+    op(
+        "FusedGemm",
+        '(float[2,3] x) => (float[2,4] y) { y = com.microsoft.FusedGemm<activation="Relu", transB=1>(x, W) }',
+        "000 110 101 011",
+        pi(4, 3),
+        rows,
+    ),
+    op(
+        "TransposeMatMul",
+        "(float[2,3] x) => (float[2,4] y) { y = com.microsoft.TransposeMatMul<transB=1>(x, W) }",
+        "000 110 101 011",
+        pi(4, 3),
+        rows,
+    ),
+    op(
+        "Attention",
+        "(float[1,2,2] x) => (float[1,2,2] y) { y = com.microsoft.Attention<num_heads=1>(x, W, b) }",
+        "000110 101011",
+        pi(2, 6),
+        columns,
+        b=np.zeros(6, F32),
+    ),
+]
+
+SCALES = np.array([1, 0.5, 2, 0.25], F32)
+ZEROS = [20, 120, 128, 250]
+LINEAR = "(uint8[1,2,4] x) => (uint8[1,4,3] y) { y = QLinearConv(x, one, z, W, s, wz, one, z) }"
+ONE = {"one": np.float32(1).reshape(()), "z": np.uint8(0).reshape(())}
+
+QUANTISED = [
+    op(
+        "QLinearConv",
+        LINEAR,
+        "0011 1010 1011 0100",
+        pi(4, 2, 2, dtype=np.uint8, offset=100),
+        real=shifted(100),
+        **ONE,
+        s=F32(0.5).reshape(()),
+        wz=np.uint8(100).reshape(()),
+    ),
+    op(
+        "QLinearConv int8 per channel",
+        LINEAR,
+        "0111 0010 1111 0000",
+        pi(4, 2, 2, dtype=np.int8),
+        real=shifted(0, SCALES.reshape(4, 1, 1)),
+        **ONE,
+        s=SCALES,
+        wz=np.zeros(4, np.int8),
+    ),
+    op(
+        "ConvInteger",
+        "(uint8[1,2,4] x) => (int32[1,4,3] y) { y = ConvInteger(x, W, z, wz) }",
+        "0011 1010 1011 0100",
+        pi(4, 2, 2, dtype=np.uint8, offset=7),
+        real=shifted(7),
+        z=ONE["z"],
+        wz=np.uint8(7).reshape(()),
+    ),
+    op(
+        "ConvInteger without zero point",
+        "(uint8[1,2,4] x) => (int32[1,4,3] y) { y = ConvInteger(x, W) }",
+        "1010 1010 1010 1010",
+        pi(4, 2, 2, dtype=np.uint8, offset=10),
+    ),
+    op(
+        "QLinearMatMul",
+        "(uint8[2,3] x) => (uint8[2,4] y) { y = QLinearMatMul(x, one, z, W, s, wz, one, z) }",
+        "0110 1010 1010",
+        pi(3, 4, dtype=np.int8),
+        columns,
+        shifted(0, SCALES),
+        **ONE,
+        s=SCALES,
+        wz=np.zeros(4, np.int8),
+    ),
+    op(
+        "QLinearMatMul left",
+        "(uint8[3,2] x) => (uint8[4,2] y) { y = QLinearMatMul(W, s, wz, x, one, z, one, z) }",
+        "000 110 101 011",
+        pi(4, 3, dtype=np.uint8, offset=50),
+        rows,
+        shifted(50, 0.5),
+        **ONE,
+        s=F32(0.5).reshape(()),
+        wz=np.uint8(50).reshape(()),
+    ),
+    op(
+        "MatMulInteger",
+        "(uint8[2,3] x) => (int32[2,4] y) { y = MatMulInteger(x, W, z, wz) }",
+        "0001 1010 1011",
+        pi(3, 4, dtype=np.uint8, offset=[20, 30, 40, 50]),
+        columns,
+        shifted([20, 30, 40, 50]),
+        z=ONE["z"],
+        wz=np.array([20, 30, 40, 50], np.uint8),
+    ),
+    op(
+        "MatMulInteger left",
+        "(uint8[3,2] x) => (int32[4,2] y) { y = MatMulInteger(W, x, wz) }",
+        "000 110 101 011",
+        pi(4, 3, dtype=np.uint8, offset=9),
+        rows,
+        shifted(9),
+        wz=np.uint8(9).reshape(()),
+    ),
+    op(
+        "DynamicQuantizeMatMul",
+        "(float[2,3] x) => (float[2,4] y) { y = com.microsoft.DynamicQuantizeMatMul(x, W, s, wz) }",
+        "0110 1010 1010",
+        pi(3, 4, dtype=np.uint8, offset=ZEROS),
+        columns,
+        shifted(ZEROS, SCALES),
+        s=SCALES,
+        wz=np.array(ZEROS, np.uint8),
+    ),
+    op(
+        "MatMulIntegerToFloat",
+        "(uint8[2,3] x) => (float[2,4] y) { y = com.microsoft.MatMulIntegerToFloat(x, W, one, s, z, wz) }",
+        "0110 1010 1010",
+        pi(3, 4, dtype=np.int8),
+        columns,
+        shifted(0, SCALES),
+        **ONE,
+        s=SCALES,
+        wz=np.zeros(4, np.int8),
+    ),
+    op(
+        "QGemm",
+        "(uint8[2,3] x) => (float[2,4] y) { y = com.microsoft.QGemm(x, one, z, W, s, wz) }",
+        "0110 1010 1010",
+        pi(3, 4, dtype=np.int8),
+        columns,
+        shifted(0, SCALES),
+        **ONE,
+        s=SCALES,
+        wz=np.zeros(4, np.int8),
+    ),
+    op(
+        "QGemm transB",
+        "(uint8[2,3] x) => (float[2,4] y) { y = com.microsoft.QGemm<transB=1>(x, one, z, W, s, wz) }",
+        "011 010 111 000",
+        pi(4, 3, dtype=np.int8),
+        rows,
+        shifted(0, SCALES[:, None]),
+        **ONE,
+        s=SCALES,
+        wz=np.zeros(4, np.int8),
+    ),
+    op(
+        "QAttention",
+        "(uint8[1,2,2] x) => (float[1,2,2] y) { y = com.microsoft.QAttention<num_heads=1>(x, W, b, one, s, , z, wz) }",
+        "000110 101011",
+        pi(2, 6, dtype=np.uint8, offset=128),
+        columns,
+        shifted(128, 0.5),
+        **ONE,
+        b=np.zeros(6, F32),
+        s=F32(0.5).reshape(()),
+        wz=np.uint8(128).reshape(()),
+    ),
+    two(
+        "DynamicQuantizeLSTM",
+        "(float[2,1,3] x) => (float[2,1,1,2] y) "
+        "{ y = com.microsoft.DynamicQuantizeLSTM<hidden_size=2>(x, W, R, , , , , , s, wz, s, wz) }",
+        ("00011010 10110100 10110101", "00111010 10110100"),
+        pi(1, 3, 8, dtype=np.int8),
+        pi(1, 2, 8, dtype=np.int8),
+        columns,
+        s=np.array([0.5], F32),
+        wz=np.zeros(1, np.int8),
+    ),
+    two(
+        "DynamicQuantizeLSTM bidirectional",
+        "(float[2,1,3] x) => (float[2,2,1,2] y) "
+        '{ y = com.microsoft.DynamicQuantizeLSTM<hidden_size=2, direction="bidirectional">'
+        "(x, W, R, , , , , , s, wz, s, rz) }",
+        ("011110101011010010110101 001011010111010100000001", "0111101010110100 1010010100101001"),
+        pi(2, 3, 8, dtype=np.uint8, offset=[[[20]], [[200]]]),
+        pi(2, 2, 8, dtype=np.uint8, offset=[[[100]], [[30]]]),
+        columns,
+        (shifted([[[20]], [[200]]], [[[0.5]], [[0.375]]]), shifted([[[100]], [[30]]], [[[0.5]], [[0.375]]])),
+        s=np.array([0.5, 0.375], F32),
+        wz=np.array([20, 200], np.uint8),
+        rz=np.array([100, 30], np.uint8),
+    ),
+]
+
+
+@pytest.mark.parametrize("net", FLOAT + QUANTISED, ids=lambda net: net.id)
+def test_operator(net):
+    check(net)
+
+
+@pytest.mark.parametrize("net", FLOAT + QUANTISED, ids=lambda net: net.id)
+def test_all_pruned_computes_zero(net):
+    """None of these nets has a bias, so with every weight at what its operator takes for 0.0 all outputs are 0."""
+    result = onnxprune.prune(net.model, [{"sparsity": 1.0}])
+    assert result.sparsity == 1
+    assert np.any(run(net.model)[0])
+    assert not np.any(run(result.to_proto())[0])
+
+
+RESPONSES = {  # id -> the axis of x that holds inputs, the axes of y that hold outputs
+    **dict.fromkeys(["Conv1d", "Conv2d", "Conv3d", "Conv grouped", "Conv depthwise", "FusedConv"], (1, [1])),
+    **dict.fromkeys(["ConvTranspose", "ConvTranspose grouped"], (1, [1])),
+    **dict.fromkeys(
+        ["Gemm", "Gemm transB", "MatMul right", "FusedMatMul transB", "FusedGemm", "TransposeMatMul"], (1, [1])
+    ),
+    **dict.fromkeys(
+        ["Gemm of W x", "Gemm transA of W x", "MatMul left", "FusedMatMul left", "FusedMatMul transA"], (0, [0])
+    ),
+    **dict.fromkeys(["MatMul right batched", "FusedMatMul transBatchB", "FusedMatMul transB transBatchB"], (2, [0, 2])),
+    **dict.fromkeys(["MatMul left batched", "FusedMatMul transBatchA"], (1, [0, 1])),
+}
+
+
+def responses(model, inputs: int, outputs: list[int]) -> np.ndarray:
+    """(outputs, inputs): how the outputs of a net answer to each input alone."""
+    (shape,) = [x.shape for x in feeds(model).values()]
+    answers = []
+    for i in range(shape[inputs]):
+        x = np.zeros(shape, F32)
+        x.swapaxes(0, inputs)[i] = 1
+        (y,) = run(model, {"x": x})
+        y = np.moveaxis(y, outputs, range(len(outputs)))
+        answers.append(y.reshape(int(np.prod(y.shape[: len(outputs)])), -1).max(1))
+    return np.stack(answers, 1)
+
+
+@pytest.mark.parametrize("net", [net for net in FLOAT if net.id in RESPONSES], ids=lambda net: net.id)
+def test_equal_entries_go_by_output_then_input(net):
+    """With all weights 1, the first outputs fall silent, and one output no longer hears its first inputs."""
+    (w,) = net.model.graph.initializer
+    model = changed(net.model, net, "W", np.ones(w.dims, F32))
+    dense = responses(model, *RESPONSES[net.id])
+    size, outputs = int(np.prod(w.dims)), len(dense)
+    heard = [np.flatnonzero(row) for row in dense]
+    inputs = len(heard[0])
+    count = size // outputs * (outputs // 2) + size // outputs // inputs * (inputs // 2)
+    result = onnxprune.prune(model, [{"sparsity": (count + 0.5) / size}])
+    expected = dense != 0
+    expected[: outputs // 2] = False
+    expected[outputs // 2, heard[outputs // 2][: inputs // 2]] = False
+    assert result.report.zeros == count
+    assert np.array_equal(responses(result.to_proto(), *RESPONSES[net.id]) != 0, expected)
