@@ -15,7 +15,7 @@ import onnx
 
 from onnxprune import config as configuration
 from onnxprune._version import __version__
-from onnxprune.algorithms.pruner import Clock, Decision, decide
+from onnxprune.algorithms.pruner import Clock, decide
 from onnxprune.errors import PruneError
 from onnxprune.graph.masks import Masks
 from onnxprune.graph.model import Model, ModelSource, load
@@ -247,11 +247,12 @@ def run(
     factors = None
     if trial is not None and config.pruner == "sensitivity":
         factors = trial.factors([w.name for _, chosen in config.assign(weights) for w in chosen])
-    decisions, misfits = decide(config, weights, clock, held, factors)
-    masks = Masks({d.weight.name: d.keep for d in decisions})
-    for decision in decisions:
-        edit(model, decision.weight, masks)
-    report = Report(tuple(_row(d) for d in decisions), (*misfits, *untouched))
+    kept, misfits = decide(config, weights, clock, held, factors)
+    governed = [w for w in weights if w.name in kept]
+    report = Report(tuple(_row(w, kept[w.name]) for w in governed), (*misfits, *untouched))
+    masks = Masks(kept)
+    for weight in governed:
+        edit(model, weight, masks)
     note(model, config, report, clock)
     if trial is None and target is None:
         return Result(model, masks, report)
@@ -315,9 +316,11 @@ def note(model: Model, config: configuration.Config, report: Report, clock: Cloc
     model.proto.metadata_props.add(key="onnxprune", value=json.dumps(record, default=list, sort_keys=True))
 
 
-def _row(decision: Decision) -> Row:
-    weight = decision.weight
-    return Row(weight.name, weight.op_type, weight.shape, weight.size, decision.zeros_before, decision.zeros)
+def _row(weight: Weight, keep: np.ndarray) -> Row:
+    zero = weight.values() == 0
+    before = int(np.count_nonzero(zero))
+    zero |= ~weight.role(keep)
+    return Row(weight.name, weight.op_type, weight.shape, weight.size, before, int(np.count_nonzero(zero)))
 
 
 def _check_target(model: Model, target: Path, force: bool) -> None:

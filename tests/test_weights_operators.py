@@ -8,6 +8,7 @@ from nets import Net, Operand, changed, feeds, parse, pi, run
 from weight_oracle import check
 
 import onnxprune
+from onnxprune.graph.roles import ROLES
 
 F32 = np.float32
 
@@ -269,6 +270,16 @@ QUANTISED = [
         wz=np.zeros(4, np.int8),
     ),
     op(
+        "QLinearConv com.microsoft",
+        LINEAR.replace("QLinearConv", "com.microsoft.QLinearConv"),
+        "?",
+        pi(4, 2, 2, dtype=np.int8),
+        real=shifted(0, 0.5),
+        **ONE,
+        s=F32(0.5).reshape(()),
+        wz=np.int8(0).reshape(()),
+    ),
+    op(
         "ConvInteger",
         "(uint8[1,2,4] x) => (int32[1,4,3] y) { y = ConvInteger(x, W, z, wz) }",
         "0011 1010 1011 0100",
@@ -405,6 +416,11 @@ QUANTISED = [
         rz=np.array([100, 30], np.uint8),
     ),
 ]
+
+
+def test_every_role_has_a_row():
+    rows = {(node.domain, node.op_type) for net in FLOAT + QUANTISED for node in net.model.graph.node}
+    assert rows == set(ROLES) - {("", "Gather")}
 
 
 @pytest.mark.parametrize("net", FLOAT + QUANTISED, ids=lambda net: net.id)

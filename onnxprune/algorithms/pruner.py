@@ -23,23 +23,13 @@ class Clock:
     step: int | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Decision:
-    """What happens to one weight: the entries kept (stored shape), and how many were zero before and are after."""
-
-    weight: Weight
-    keep: np.ndarray
-    zeros_before: int
-    zeros: int
-
-
 def decide(
     config: Config,
     weights: Iterable[Weight],
     clock: Clock | None = None,
     held: Mapping[str, np.ndarray] | None = None,
     factors: Mapping[str, float] | None = None,
-) -> tuple[list[Decision], list[Skipped]]:
+) -> tuple[dict[str, np.ndarray], list[Skipped]]:
     """The masks of all weights a configuration governs, at one point in time.
 
     Args:
@@ -50,14 +40,15 @@ def decide(
         factors: for the sensitivity pruner, each weight's measured factor in (0, 1]; 1 where it has none.
 
     Returns:
-        One decision per governed weight, in the order given, and the weights whose pattern cannot be had.
+        Weight name -> boolean array of the stored shape, True is kept, for each governed weight in the order given;
+        and the weights whose pattern cannot be had.
 
     Raises:
         PruneError: an entry matches nothing; a weight is not finite; a held mask does not fit.
     """
     weights = list(weights)
     clock, held, factors = clock or Clock(), held or {}, factors or {}
-    decisions: dict[str, Decision] = {}
+    masks: dict[str, np.ndarray] = {}
     skipped: list[Skipped] = []
     for index, chosen in config.assign(weights):
         entry = config.entries[index]
@@ -69,9 +60,9 @@ def decide(
                 skipped.append(Skipped(weight.name, weight.op_type, f"pattern {pattern.name} does not fit: {reason}"))
             else:
                 fitting.append(weight)
-        for decision in _decide_entry(entry, pattern, fitting, clock, held, factors):
-            decisions[decision.weight.name] = decision
-    return [decisions[w.name] for w in weights if w.name in decisions], skipped
+        kept = _decide_entry(entry, pattern, fitting, clock, held, factors)
+        masks |= {weight.name: keep for weight, keep in zip(fitting, kept, strict=True)}
+    return {w.name: masks[w.name] for w in weights if w.name in masks}, skipped
 
 
 def target(entry: Entry, clock: Clock) -> float | None:
@@ -91,29 +82,28 @@ def _decide_entry(
     clock: Clock,
     held: Mapping[str, np.ndarray],
     factors: Mapping[str, float],
-) -> list[Decision]:
+) -> list[np.ndarray]:
+    """The masks of the weights one entry governs."""
     share = target(entry, clock)
     allocation = ALLOCATIONS[entry.allocation]
     if isinstance(entry, SensitivityEntry) and entry.quality is not None:
         allocation, share = below(entry.quality), 0.0
-    units, zeros_before = [], []
+    units = []
     for weight in weights:
         values = weight.values()
         check_finite(weight, values)
-        zeros_before.append(int(values.size - np.count_nonzero(values)))
-        score = scores.relative(factors.get(weight.name, 1.0)) if isinstance(entry, SensitivityEntry) else scores.SCORES[entry.score]
+        relative = isinstance(entry, SensitivityEntry)
+        score = scores.relative(factors.get(weight.name, 1.0)) if relative else scores.SCORES[entry.score]
         units.append(pattern.units(score(values), _held(weight, held)))
     if share is None:  # before the first update, what was pruned earlier stays pruned
         removed = [np.zeros(u.scores.shape, np.bool_) if u.held is None else u.held for u in units]
     else:
         removed = allocation(units, share) if units else []
-    decisions = []
-    for weight, unit, gone, before in zip(weights, units, removed, zeros_before, strict=True):
+    kept = []
+    for weight, unit, gone in zip(weights, units, removed, strict=True):
         entries = pattern.entries(gone, unit.shape)
-        keep = weight.stored(~entries)
-        zeros = before + int(np.count_nonzero(weight.values()[entries])) if before else int(np.count_nonzero(entries))
-        decisions.append(Decision(weight, keep, before, zeros))
-    return decisions
+        kept.append(weight.stored(np.logical_not(entries, out=entries if entries is gone else None)))
+    return kept
 
 
 def _held(weight: Weight, held: Mapping[str, np.ndarray]) -> np.ndarray | None:

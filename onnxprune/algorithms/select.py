@@ -4,9 +4,10 @@ The bits of a float without its sign, read as an unsigned integer (here its *key
 ranks are counted on integers: nothing rounds, -0.0 equals 0.0, and denormals are numbers like any other.
 
 The key of the wanted rank is first bracketed between two quantiles of a sample. One pass over the data, in chunks that
-stay in cache, counts the keys below and inside the bracket and gathers those inside; the wanted one is picked from
-them. The sample only guesses, the counts decide: where the rank is not in the bracket, or the bracket holds too many
-keys to gather, the next pass works on the part that must hold it. A last pass writes the result.
+stay in cache, marks and counts the keys below the bracket and gathers the few inside with their places; the lowest of
+those are then marked too. The sample only guesses, the counts decide: where the rank is not in the bracket, or the
+bracket holds too many keys to gather, the next pass works on the part that must hold it. Where that comes down to one
+key that crowds the data (zeros, say), two more passes mark what is below it and as many of the crowd as are wanted.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from onnxprune.errors import PruneError
 CHUNK = 1 << 17  # elements worked on at a time: their keys and comparisons stay in cache
 SPAN = 1 << 20  # elements given to a thread at a time
 SAMPLE = 1 << 16  # keys sampled for the first bracket, at most
-ROOM = 3 << 19  # bytes of keys gathered per thread and pass, at most
+ROOM = 5 << 19  # bytes gathered per thread and pass, at most
 WHOLE = 1 << 13  # up to so many elements are gathered without sampling
 THREADED = 1 << 22  # fewer elements are not worth starting threads for
 MAX_THREADS = 8  # by default: a few cores saturate memory
@@ -79,14 +80,14 @@ def lowest(
         for result, mask in zip(results, masks, strict=True):
             result[...] = False if mask is None else mask
         return results
-    spans = _spans(scores, masks, results)
+    parts = _parts(scores, masks, results)
     total = sum(score.size for score in scores)
     workers = 1 if total < THREADED else threads or min(os.cpu_count() or 1, MAX_THREADS)
     if workers == 1:
-        _select(spans, need, results, map, ROOM)
+        _select(parts, need, map, ROOM)
     else:
         with ThreadPoolExecutor(workers) as pool:
-            _select(spans, need, results, pool.map, ROOM * workers)
+            _select(parts, need, pool.map, ROOM * workers)
     return results
 
 
@@ -113,60 +114,82 @@ def zero(values: Array, removed: Array, out: Array) -> None:
 
 
 @dataclass(frozen=True)
-class _Span:
-    """Elements `start` to `stop` of score array `index`, all its arrays with their axes in the scores' memory order."""
+class _Part:
+    """One score array, with its axes in memory order: an entry's *place* is `first` + its index in that order."""
 
     index: int
-    start: int
-    stop: int
+    first: int
+    axes: tuple[int, ...]  # what axis of the array as passed each axis is
     score: Array
     held: Array | None
     result: Array
     dtype: np.dtype[Any]  # represents every value of all the score arrays exactly
 
-    def chunks(self, *, write: bool = False) -> Iterator[tuple[Array, Array | None, Array]]:
-        """Each chunk's keys (in a reused buffer; all bits set where held), held and, if `write`, result."""
-        key = _KEYS[self.dtype]
+    def spans(self) -> list[_Span]:
+        return [_Span(self, start, min(start + SPAN, self.score.size)) for start in range(0, self.score.size, SPAN)]
+
+    def logical(self, at: Array) -> Array:
+        """C-order indices in the array as passed of the elements with such indices in memory order."""
+        if len(self.axes) < 2:
+            return at
+        order = np.argsort(self.axes)
+        coordinates = np.unravel_index(at, self.result.shape)
+        shape = [self.result.shape[axis] for axis in order]
+        return np.asarray(np.ravel_multi_index([coordinates[axis] for axis in order], shape))
+
+
+@dataclass(frozen=True)
+class _Span:
+    """The elements of a part from start to stop in memory order."""
+
+    part: _Part
+    start: int
+    stop: int
+
+    def chunks(self) -> Iterator[tuple[Array, Array | None, Array, int]]:
+        """Chunk by chunk the keys (in a reused buffer; all bits set where held), held, result and the first place."""
+        part = self.part
+        key = _KEYS[part.dtype]
         all_bits = key.type(np.iinfo(key).max)
-        operands = [(self.score, "readonly", self.dtype)]
-        if self.held is not None:
-            operands.append((self.held, "readonly", np.dtype(bool)))
-        if write:
-            operands.append((self.result, "readwrite", np.dtype(bool)))
-        arrays, modes, dtypes = zip(*operands, strict=True)
-        flags: Any = ["buffered", "external_loop", "ranged"]
+        arrays, modes = [part.score, part.result], [["readonly"], ["readwrite"]]
+        dtypes = [part.dtype, np.dtype(np.bool_)]
+        if part.held is not None:
+            arrays, modes, dtypes = [*arrays, part.held], [*modes, ["readonly"]], [*dtypes, np.dtype(np.bool_)]
+        options: Any = ["buffered", "external_loop", "ranged"], modes, dtypes, "C", "safe"
         buffer = np.empty(min(CHUNK, self.stop - self.start), key)
-        with np.nditer(arrays, flags, [[m] for m in modes], dtypes, "C", "safe", buffersize=CHUNK) as chunks:
+        place = part.first + self.start
+        with np.nditer(arrays, *options, buffersize=CHUNK) as chunks:
             chunks.iterrange = (self.start, self.stop)  # type: ignore[misc]  # numpy's stubs have it read-only
-            for parts in chunks:
-                score, *others = parts if isinstance(parts, tuple) else (parts,)
+            for score, result, *held in chunks:
                 keys = np.bitwise_and(score.view(key), all_bits >> 1, out=buffer[: score.size])
-                mask = None if self.held is None else others[0]
+                mask = held[0] if held else None
                 if mask is not None:
                     keys |= mask * all_bits
-                yield keys, mask, others[-1] if write else keys
+                yield keys, mask, result, place
+                place += score.size
 
 
 class _Bag:
-    """Keys gathered by all threads in one pass: each of them or, where there is no room for that, every `step`-th."""
+    """Keys and places gathered by all threads in one pass: each or, where there is no room, every `step`-th."""
 
     def __init__(self, room: int, key: np.dtype[Any]) -> None:
-        self.keys = np.empty(room // key.itemsize, key)
+        self.keys = np.empty(room // (key.itemsize + 8), key)
+        self.places = np.empty(self.keys.size, np.int64)
         self.size = 0
         self.step = 1
         self.lock = threading.Lock()
 
-    def add(self, found: Array) -> None:
+    def add(self, keys: Array, places: Array) -> None:
         with self.lock:
-            found = found[:: self.step]
-            while self.size + found.size > self.keys.size:
-                thinned = self.keys[: self.size : 2]
-                self.size = thinned.size
-                self.keys[: self.size] = thinned
-                self.step *= 2
-                found = found[::2]
-            self.keys[self.size : self.size + found.size] = found
-            self.size += found.size
+            keys, places = keys[:: self.step], places[:: self.step]
+            while self.size + keys.size > self.keys.size:
+                half = (self.size + 1) // 2
+                self.keys[:half] = self.keys[: self.size : 2]
+                self.places[:half] = self.places[: self.size : 2]
+                self.size, self.step = half, self.step * 2
+                keys, places = keys[::2], places[::2]
+            end = self.size + keys.size
+            self.keys[self.size : end], self.places[self.size : end], self.size = keys, places, end
 
 
 def _kind(array: Array) -> str:
@@ -189,51 +212,36 @@ def _check(scores: Sequence[Array], count: int, held: Sequence[Array | None], th
         raise PruneError(f"cannot select {count} entries: there are only {total}; ask for at most as many")
 
 
-def _spans(scores: Sequence[Array], held: Sequence[Array | None], results: Sequence[Array]) -> list[_Span]:
+def _parts(scores: Sequence[Array], held: Sequence[Array | None], results: Sequence[Array]) -> list[_Part]:
     dtypes = {score.dtype for score in scores}
     wide = np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
     dtype = dtypes.pop() if len(dtypes) == 1 else wide
-    spans = []
+    parts = []
+    first = 0
     for index, (score, mask, result) in enumerate(zip(scores, held, results, strict=True)):
-        axes = np.argsort([-abs(stride) for stride in score.strides], kind="stable")
-        score, result = np.atleast_1d(score.transpose(axes), result.transpose(axes))
-        mask = None if mask is None else np.atleast_1d(mask.transpose(axes))
-        for start in range(0, score.size, SPAN):
-            spans.append(_Span(index, start, min(start + SPAN, score.size), score, mask, result, dtype))
-    return spans
+        axes = tuple(np.argsort([-abs(stride) for stride in score.strides], kind="stable").tolist())
+        ordered = [None if a is None else np.atleast_1d(a.transpose(axes)) for a in (score, mask, result)]
+        parts.append(_Part(index, first, axes, *ordered, dtype))
+        first += score.size
+    return parts
 
 
-def _select(spans: list[_Span], need: int, results: Sequence[Array], run: Run, room: int) -> None:
-    """Fill the results: all that is held and the `need` lowest of the rest."""
-    key, quota, ties = _threshold(spans, need, run, room)
-    if quota < ties:
-        found = [0] * len(results)
-        for span, count in zip(spans, run(partial(_mark_ties, key=key), spans), strict=True):
-            found[span.index] += count
-        for result, count in zip(results, found, strict=True):
-            _keep_first(result, min(quota, count))
-            quota -= min(quota, count)
-        mark = partial(_mark_below, bound=key, keep=True)
-    else:
-        mark = partial(_mark_below, bound=key + 1, keep=False)
-    for _ in run(mark, spans):
-        pass
-
-
-def _threshold(spans: list[_Span], need: int, run: Run, room: int) -> tuple[int, int, int]:
-    """The highest key to select, how many entries of that very key to select, and how many there are."""
-    dtype = spans[0].dtype
-    infinity = int(np.array(np.inf, dtype).view(_KEYS[dtype]))
+def _select(parts: list[_Part], need: int, run: Run, room: int) -> None:
+    """Fill the parts' results: all that is held and the `need` lowest of the rest."""
+    spans = [span for part in parts for span in part.spans()]
+    key = _KEYS[parts[0].dtype]
+    infinity = int(np.array(np.inf, parts[0].dtype).view(key))
     sample, finite = _sample(spans, infinity)
     low, high = 0, infinity  # the key wanted is at least low and less than high,
     below_low, below_high = 0, finite  # and so many keys are less than low, and than high (at first by a guess)
     guesses = 0
-    while True:
+    while high - low > 1 or guesses == 0:
         if guesses < GUESSES:
             left, right = _bracket(sample, (need - below_low) / max(below_high - below_low, 1), low, high)
         else:
             left, right = low, (low + high) // 2
-        bag = _Bag(room, _KEYS[dtype])
+        guesses += 1
+        bag = _Bag(room, key)
         tallies = run(partial(_tally, left=left, right=right, infinity=infinity, bag=bag), spans)
         below_left, below_right, finite = map(sum, zip(*tallies, strict=True))
         if finite < need:
@@ -243,30 +251,27 @@ def _threshold(spans: list[_Span], need: int, run: Run, room: int) -> tuple[int,
             )
         if high == infinity:
             below_high = finite
-        guesses += 1
         if need <= below_left:
             high, below_high = left, below_left
         elif need > below_right:
             low, below_low = right, below_right
         else:
             low, high, below_low, below_high = left, right, below_left, below_right
-            sample = bag.keys[: bag.size]
             if bag.size == below_high - below_low:
-                sample.partition(need - below_low - 1)
-                key = sample[need - below_low - 1]
-                return int(key), need - below_low - int((sample < key).sum()), int((sample == key).sum())
-        if high - low == 1:
-            return low, need - below_low, below_high - below_low
+                _mark_gathered(parts, bag, need - below_low)
+                return
+            sample = bag.keys[: bag.size]
         sample = sample[(sample >= low) & (sample < high)]
+    _mark_crowd(parts, spans, low, need - below_low, run)
 
 
 def _sample(spans: list[_Span], infinity: int) -> tuple[Array, int]:
     """Some finite keys, drawn evenly from all arrays, and a guess of how many finite ones there are."""
     total = sum(span.stop - span.start for span in spans)
-    size = min(SAMPLE, total // 16) if total > WHOLE else 0
+    size = min(SAMPLE, total // 64) if total > WHOLE else 0
     random = np.random.default_rng(0)
-    key = _KEYS[spans[0].dtype]
-    parts = [np.empty(0, key)]
+    key = _KEYS[spans[0].part.dtype]
+    drawn = [np.empty(0, key)]
     seen = 0
     for span in spans:
         length = span.stop - span.start
@@ -275,11 +280,10 @@ def _sample(spans: list[_Span], infinity: int) -> tuple[Array, int]:
         if share:
             steps = np.arange(share) * length // share
             steps += span.start + random.integers(0, length // share, share)
-            at = np.unravel_index(steps, span.score.shape)
-            keys = span.score[at].astype(span.dtype).view(key) & (np.iinfo(key).max >> 1)
-            finite = keys < infinity if span.held is None else (keys < infinity) & ~span.held[at]
-            parts.append(keys[finite])
-    sample = np.concatenate(parts)
+            part, at = span.part, np.unravel_index(steps, span.part.score.shape)
+            keys = part.score[at].astype(part.dtype).view(key) & (np.iinfo(key).max >> 1)
+            drawn.append(keys[keys < infinity if part.held is None else (keys < infinity) & ~part.held[at]])
+    sample = np.concatenate(drawn)
     return sample, total * sample.size // max(size, 1)
 
 
@@ -304,67 +308,92 @@ def _bracket(sample: Array, share: float, low: int, high: int) -> tuple[int, int
 
 
 def _tally(span: _Span, left: int, right: int, infinity: int, bag: _Bag) -> tuple[int, int, int]:
-    """How many keys are less than left, right and infinity; those from left to right go into the bag."""
+    """Mark what is less than left or held and gather what is in [left, right), unless that is a single key.
+
+    Returns how many keys are less than left, right and infinity.
+    """
     below = inside = finite = 0
-    for keys, mask, _ in span.chunks():
-        under = keys < left
-        below += np.count_nonzero(under)
-        under ^= keys < right
+    for keys, mask, result, place in span.chunks():
+        below += np.count_nonzero(np.less(keys, left, out=result))
+        within = keys < right
+        within ^= result
         if right - left > 1:
-            found = _pick(keys, under)
-            inside += found.size
-            bag.add(found)
+            at = _where(within)
+            inside += at.size
+            bag.add(keys.take(at), at + place)
         else:
-            inside += np.count_nonzero(under)
+            inside += np.count_nonzero(within)
         finite += keys.size
         if keys.max() >= infinity:
-            beyond = np.count_nonzero(keys >= infinity)
-            finite -= beyond
+            finite -= np.count_nonzero(keys >= infinity)
             if np.count_nonzero(keys > infinity) > (0 if mask is None else np.count_nonzero(mask)):
-                raise PruneError(f"score array {span.index} ({_kind(span.result)}) holds a NaN, which has no rank")
+                raise PruneError(f"score array {span.part.index} holds a NaN, which has no rank; replace it")
+        if mask is not None:
+            result |= mask
     return below, below + inside, finite
 
 
-def _pick(keys: Array, chosen: Array) -> Array:
-    """`keys[chosen]`, faster where few are chosen: their booleans are first looked at eight at a time."""
-    if keys.size % 8:
-        return keys[chosen]
+def _where(chosen: Array) -> Array:
+    """`np.flatnonzero`, faster where few are chosen: the booleans are first looked at eight at a time."""
+    if chosen.size % 8:
+        return np.flatnonzero(chosen)
     words = chosen.view(np.uint64)
     at = np.flatnonzero(words != 0)
-    return keys.reshape(-1, 8).take(at, 0)[words.take(at).view(np.bool_).reshape(-1, 8)]
+    hits = np.flatnonzero(words.take(at).view(np.bool_))
+    return np.asarray(at.take(hits >> 3) * 8 + (hits & 7))
 
 
-def _mark_ties(span: _Span, key: int) -> int:
-    marked = 0
-    for keys, _, result in span.chunks(write=True):
-        marked += np.count_nonzero(np.equal(keys, key, out=result))
-    return marked
+def _mark_gathered(parts: list[_Part], bag: _Bag, quota: int) -> None:
+    """Mark the `quota` lowest of the keys in the bag, which holds all that are not marked yet and might have to be."""
+    keys, places = bag.keys[: bag.size], bag.places[: bag.size]
+    key = np.partition(keys, quota - 1)[quota - 1]
+    below, ties = np.sort(places[keys < key], kind="stable"), np.sort(places[keys == key], kind="stable")
+    quota -= below.size
+    for part in parts:
+        ends = [part.first, part.first + part.score.size]
+        chosen, tied = (x[slice(*np.searchsorted(x, ends))] - part.first for x in (below, ties))
+        if quota < tied.size:
+            tied = tied[np.argsort(part.logical(tied), kind="stable")[:quota]]
+        np.put(part.result, chosen, True)
+        np.put(part.result, tied, True)
+        quota -= tied.size
 
 
-def _mark_below(span: _Span, bound: int, keep: bool) -> None:
-    """Mark what is below the bound or held, keeping the marks already made or not."""
-    for keys, mask, result in span.chunks(write=True):
-        if keep:
-            result |= keys < bound
-        else:
-            np.less(keys, bound, out=result)
+def _mark_crowd(parts: list[_Part], spans: list[_Span], key: int, quota: int, run: Run) -> None:
+    """Mark what is less than key, or held, and the first `quota` entries of that very key."""
+    found = [0] * len(parts)
+    for span, count in zip(spans, run(partial(_mark_equal, key=key), spans), strict=True):
+        found[span.part.index] += count
+    for part, count in zip(parts, found, strict=True):
+        _keep_first(part.result.transpose(np.argsort(part.axes)) if part.axes else part.result, min(quota, count), count)
+        quota -= min(quota, count)
+    for _ in run(partial(_add_below, key=key), spans):
+        pass
+
+
+def _mark_equal(span: _Span, key: int) -> int:
+    return sum(int(np.count_nonzero(np.equal(keys, key, out=result))) for keys, _, result, _ in span.chunks())
+
+
+def _add_below(span: _Span, key: int) -> None:
+    for keys, mask, result, _ in span.chunks():
+        result |= keys < key
         if mask is not None:
             result |= mask
 
 
-def _keep_first(marked: Array, quota: int) -> None:
-    """Clear all marks but the first `quota` in C order, halving what is left to look at: every mark is read once."""
+def _keep_first(marked: Array, quota: int, count: int) -> None:
+    """Clear all of `count` marks but the first `quota` in C order, halving what is left to look at."""
     if quota == 0:
         marked[...] = False
-    while quota and marked.ndim:
+    while 0 < quota < count:
         half = len(marked) // 2
         if half == 0:
             marked = marked[0]
             continue
         found = int(np.count_nonzero(marked[:half]))
         if found < quota:
-            quota -= found
-            marked = marked[half:]
+            marked, quota, count = marked[half:], quota - found, count - found
         else:
             marked[half:] = False
-            marked = marked[:half]
+            marked, count = marked[:half], found

@@ -162,7 +162,7 @@ def _slice(
             where[int(axis)] = slice(min(max(start, 0), size), min(max(end, 0), size), step)
         else:
             end = min(max(end, -1), size - 1)
-            where[int(axis)] = slice(min(max(start, -1), size - 1), None if end < 0 else end, step)
+            where[int(axis)] = slice(min(max(start, 0), size - 1), None if end < 0 else end, step)
     return x[tuple(where)]
 
 

@@ -45,10 +45,11 @@ def writing(target: Path | None) -> Iterator[None]:
         ) from error
 
 
-def put(staged: Path, target: Path) -> None:
-    """Rename a complete file over its target, whose permissions it takes on where it exists."""
-    if target.exists():
-        shutil.copymode(target, staged)
+def put(staged: Path, target: Path, like: Path | None = None) -> None:
+    """Rename a complete file over its target, with the permissions of an existing file (the target, unless given)."""
+    like = target if like is None else like
+    if like.exists():
+        shutil.copymode(like, staged)
     sync(staged)
     os.replace(staged, target)
 

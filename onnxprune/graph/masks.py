@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -10,21 +12,30 @@ from pathlib import Path
 import numpy as np
 
 from onnxprune.errors import PruneError
+from onnxprune.graph import files
+
+LIMIT = 2**30
+"""Bytes of one array in a mask file: bits for 8.6 billion entries. A file that declares more is refused unread."""
+
+_MEMBERS = ["index.npy", "bits.npy"]
 
 
 class Masks(Mapping[str, np.ndarray]):
     """Weight name -> boolean array of the stored shape; True is kept, False is pruned. Immutable."""
 
     def __init__(self, masks: Mapping[str, np.ndarray] | None = None) -> None:
+        """Pack masks; they are copied."""
+        self._bits: dict[str, tuple[np.ndarray, tuple[int, ...]]]
         if isinstance(masks, Masks):
             self._bits = dict(masks._bits)
         else:
-            self._bits = {name: (np.packbits(mask), mask.shape) for name, mask in (masks or {}).items()}
+            arrays = {name: np.asarray(mask, np.bool_) for name, mask in (masks or {}).items()}
+            self._bits = {name: (np.packbits(mask), mask.shape) for name, mask in arrays.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The mask of a weight, unpacked into a fresh array."""
         bits, shape = self._bits[name]
-        return np.unpackbits(bits, count=int(np.prod(shape, dtype=np.int64))).view(np.bool_).reshape(shape)
+        return np.unpackbits(bits, count=math.prod(shape)).view(np.bool_).reshape(shape)
 
     def __iter__(self) -> Iterator[str]:
         """Weight names, in the order given."""
@@ -50,23 +61,21 @@ class Masks(Mapping[str, np.ndarray]):
     __hash__ = None  # type: ignore[assignment]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write an .npz: for each weight its packed bits (uint8) and its shape (int64)."""
-        arrays: dict[str, np.ndarray] = {}
-        for index, (name, (bits, shape)) in enumerate(self._bits.items()):
-            arrays[f"{index}.name"] = np.array(name)
-            arrays[f"{index}.shape"] = np.array(shape, np.int64)
-            arrays[f"{index}.bits"] = bits
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise PruneError(f"cannot write masks to '{target}': {error.strerror}") from error
+        """Write an .npz of two uint8 arrays: `index`, a JSON list of [name, shape], and `bits`, each mask's in turn.
+
+        Raises:
+            PruneError: the file cannot be written; what stood there is untouched.
+        """
+        target = Path(os.path.realpath(path))
+        if target.is_dir():
+            raise PruneError(f"cannot write masks to '{target}', a folder; give the name of a file in it")
+        index = json.dumps([[name, list(shape)] for name, (_, shape) in self._bits.items()])
+        bits = np.concatenate([np.empty(0, np.uint8), *(bits for bits, _ in self._bits.values())])
+        with files.staging(target) as folder, files.writing(target):
+            with open(folder / target.name, "wb") as file:  # given a name, numpy would append .npz
+                np.savez_compressed(file, index=np.frombuffer(index.encode(), np.uint8), bits=bits)
+            files.put(folder / target.name, target)
+            files.sync(target.parent)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Masks:
@@ -75,17 +84,36 @@ class Masks(Mapping[str, np.ndarray]):
         Raises:
             PruneError: the file is missing, or holds no masks.
         """
+        if not Path(path).is_file():
+            raise PruneError(f"no such file: '{path}'; masks are written by Masks.save")
         masks = cls()
         try:
+            with zipfile.ZipFile(path) as archive:
+                sizes = {member.filename: member.file_size for member in archive.infolist()}
+            if sorted(sizes) != sorted(_MEMBERS) or max(sizes.values()) > LIMIT:
+                raise ValueError(f"it holds {str(sizes)[:200]}")
             with np.load(path, allow_pickle=False) as data:
-                for index in range(len(data.files) // 3):
-                    shape = tuple(int(d) for d in data[f"{index}.shape"])
-                    bits = data[f"{index}.bits"]
-                    if min(shape, default=0) < 0 or bits.dtype != np.uint8 or bits.shape != (-(-int(np.prod(shape, dtype=object)) // 8),):
-                        raise ValueError(f"mask {index} has {bits.shape} bytes of bits for the shape {shape}")
-                    masks._bits[str(data[f"{index}.name"])] = (bits, shape)
-        except FileNotFoundError:
-            raise PruneError(f"no such file: '{path}'; masks are written by Masks.save") from None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise PruneError(f"'{path}' holds no masks written by onnxprune: {error}") from error
+                index, bits = data["index"], data["bits"]
+            if bits.dtype != np.uint8 or bits.ndim != 1:
+                raise ValueError(f"its bits are {bits.dtype.name}{list(bits.shape)}")
+            start = 0
+            for name, shape in json.loads(index.tobytes()):
+                end = start + _packed(name, shape)
+                if name in masks._bits or end > bits.size:
+                    raise ValueError(f"mask '{name}' of shape {shape} is given twice or lacks bits")
+                masks._bits[name] = (bits[start:end], tuple(shape))
+                start = end
+            if start != bits.size:
+                raise ValueError(f"it has {bits.size} bytes of bits for masks that need {start}")
+        except Exception as error:  # a hostile file makes zipfile, numpy and json raise anything
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise PruneError(f"'{path}' holds no masks written by onnxprune ({reason}); save them again") from error
         return masks
+
+
+def _packed(name: object, shape: object) -> int:
+    """Bytes of a mask's bits, after looking at what a file says of it."""
+    if not isinstance(name, str) or not isinstance(shape, list) or any(type(d) is not int or d < 0 for d in shape):
+        raise ValueError(f"{str(name)[:100]!r}: {str(shape)[:100]} is no name and shape")
+    np.broadcast_to(np.bool_(False), shape)  # refuses a shape that no array can have
+    return -(-math.prod(shape) // 8)

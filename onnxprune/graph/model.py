@@ -15,7 +15,7 @@ from typing import NamedTuple, Union
 import numpy as np
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError, EncodeError
+from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
 from onnx import TensorProto
 
 from onnxprune.errors import PruneError
@@ -79,11 +79,13 @@ class Model:
         return array if array.flags.c_contiguous else np.ascontiguousarray(array)
 
     def edit(self, tensor: ir.TensorProtocol, change: Edit) -> None:
-        """Replace a tensor's stored values: now where it lives in the protobuf, at the next save where it is external."""
+        """Replace a tensor's stored values: at once in the protobuf, at the next save where it is external."""
         if isinstance(tensor, ir.ExternalTensor):
             place = Place(os.fspath(tensor.location), tensor.offset or 0, tensor.name or "")
             if place in self.edits and self.edits[place][0] is not tensor:
-                raise PruneError(f"two tensors named '{place.name}' share the same bytes of '{place.path}'; save the model again first")
+                raise PruneError(
+                    f"two tensors named '{place.name}' share the same bytes of '{place.path}'; export the model again"
+                )
             self.edits[place] = (tensor, change)
             return
         if not isinstance(tensor, ir.serde.TensorProtoTensor):  # every inline tensor of a deserialised graph is one
@@ -101,6 +103,8 @@ class Model:
                 with _reading(), open(self.data[location.file], "rb") as file:
                     file.seek(location.offset)
                     content = file.read(valid.nbytes(tensor))
+                    if len(content) < valid.nbytes(tensor):
+                        raise ValueError(f"'{location.file}' is shorter than when it was loaded")
             _clear(tensor)
             tensor.raw_data = content
         return proto
@@ -128,14 +132,17 @@ class Model:
         if self.data or sparse_storage or self.sparse_names:
             proto = onnx.ModelProto()
             proto.CopyFrom(self.proto)
-        copies = {path: next(names) for path in dict.fromkeys(self.data.values())}
-        for path, copy in copies.items():
+        kept: dict[str, list[TensorProto]] = {}
+        for tensor in external_tensors(proto):
+            kept.setdefault(self.data[valid.external(tensor).file], []).append(tensor)
+        copies = {path: next(names) for path in kept}
+        for path, inside in kept.items():
             with _reading():  # a missing source is not the target's fault
                 os.stat(path)
-            shutil.copyfile(path, folder / copy)
-            self._patch([t for t in external_tensors(proto) if self.data[valid.external(t).file] == path], folder / copy)
-            files.sync(folder / copy)
-        sparse.compress(proto, None if sparse_storage else self.sparse_names)
+            shutil.copyfile(path, folder / copies[path])
+            self._patch(inside, folder / copies[path])
+        if sparse_storage or self.sparse_names:
+            sparse.compress(subgraphs(proto), None if sparse_storage else self.sparse_names)
         content = _serialize(proto)
         if content is None:
             if proto is self.proto:
@@ -217,12 +224,13 @@ class Staged:
                 raise PruneError(f"cannot write '{target}': '{taken[0]}' appeared in its folder meanwhile; run again")
             try:
                 for name in self.data:
-                    files.put(self.path.parent / name, folder / name)
+                    files.put(self.path.parent / name, folder / name, like=target)
                 files.sync(folder)
                 files.put(self.path, target)
             except BaseException:
-                for name in self.data:
-                    (folder / name).unlink(missing_ok=True)
+                if self.path.exists():  # else the model is in place, and needs its data
+                    for name in self.data:
+                        (folder / name).unlink(missing_ok=True)
                 raise
             files.sync(folder)
         for path in stale:
@@ -247,7 +255,9 @@ def load(source: ModelSource) -> Model:
     if isinstance(source, ir.Model):
         folders = {os.fspath(t.base_dir) for t in _ir_external(source)}
         if len(folders) > 1:
-            raise PruneError(f"the model keeps external data in several folders ({sorted(folders)}); save it to one file first")
+            raise PruneError(
+                f"the model keeps external data in several folders ({sorted(folders)}); save it to one file first"
+            )
         try:
             proto = ir.to_proto(source)
         except Exception as error:  # onnx-ir raises many kinds
@@ -261,7 +271,9 @@ def load(source: ModelSource) -> Model:
     path = Path(source)
     proto = _parse(path)
     if not proto.HasField("graph") or not proto.opset_import:
-        raise PruneError(f"'{path}' is not an ONNX model, or is truncated: it parses, but holds no graph and operator set; {_AGAIN}")
+        raise PruneError(
+            f"'{path}' is not an ONNX model, or is truncated: it parses, but holds no graph and operator set; {_AGAIN}"
+        )
     return _open(proto, path.absolute().parent, path)
 
 
@@ -273,18 +285,21 @@ def _parse(path: Path) -> onnx.ModelProto:
         if not path.exists():
             raise PruneError(f"no such file: '{path}'; give the path of an existing .onnx model")
         if not path.is_file():
-            raise PruneError(f"'{path}' is {'a folder' if path.is_dir() else 'no regular file'}; give the path of an .onnx model")
+            kind = "a folder" if path.is_dir() else "no regular file"
+            raise PruneError(f"'{path}' is {kind}; give the path of an .onnx model")
         content = path.read_bytes()
     except PruneError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise PruneError(f"cannot read '{path}': {getattr(error, 'strerror', None) or error}; check its name and permissions") from error
+        reason = getattr(error, "strerror", None) or error
+        raise PruneError(f"cannot read '{path}': {reason}; check its name and permissions") from error
     try:
-        return onnx.ModelProto.FromString(content)
+        proto: onnx.ModelProto = onnx.ModelProto.FromString(content)
     except DecodeError:
         raise PruneError(
             f"'{path}' is not an ONNX model, or is truncated ({len(content)} bytes): protobuf cannot parse it; {_AGAIN}"
         ) from None
+    return proto
 
 
 def _open(proto: onnx.ModelProto, folder: Path | None, path: Path | None) -> Model:
@@ -295,7 +310,7 @@ def _open(proto: onnx.ModelProto, folder: Path | None, path: Path | None) -> Mod
         valid.check_names(proto, what)
         roots = [p for p in (folder, None if path is None else Path(os.path.realpath(path)).parent) if p is not None]
         data = valid.check_external(list(external_tensors(proto)), roots, what)
-        names = sparse.densify(proto)
+        names = sparse.densify(proto, subgraphs(proto))
         for graph in graphs(proto):
             for node in graph.node:
                 if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value_floats":
@@ -311,7 +326,7 @@ def _open(proto: onnx.ModelProto, folder: Path | None, path: Path | None) -> Mod
     except PruneError:
         raise
     except Exception as error:  # a hostile file makes the parsers raise anything
-        raise PruneError(f"{what} is not a valid ONNX graph: {_reason(error)}; {_AGAIN}") from error
+        raise PruneError(f"{what} cannot be read as an ONNX graph: {_reason(error)}; {_AGAIN}") from error
     return Model(proto, view, folder, path, names, data)
 
 
@@ -326,6 +341,11 @@ def graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionPr
                 if attribute.HasField("g"):
                     stack.append(attribute.g)
                 stack.extend(attribute.graphs)
+
+
+def subgraphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
+    """`graphs` without the bodies of functions, which hold no initializers."""
+    return (graph for graph in graphs(proto) if isinstance(graph, onnx.GraphProto))
 
 
 def tensors(proto: onnx.ModelProto) -> Iterator[TensorProto]:
@@ -357,7 +377,7 @@ def encode(array: np.ndarray, dtype: ir.DataType) -> bytes:
 
 
 def store(tensor: TensorProto, dtype: ir.DataType, array: np.ndarray) -> None:
-    """Put an array into a TensorProto, in place of whatever holds its values now: as raw data, where that is not larger."""
+    """Put an array into a TensorProto in place of its values: as raw data, where that is not larger."""
     content = encode(array, dtype)
     # int32_data spends one byte on a zero; as raw data, a 16-bit tensor of zeros would grow.
     small = bool(tensor.int32_data) and dtype.bitwidth == 16
@@ -371,8 +391,9 @@ def store(tensor: TensorProto, dtype: ir.DataType, array: np.ndarray) -> None:
 
 
 def _clear(tensor: TensorProto) -> None:
-    for name in ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "raw_data", "external_data", "data_location"):
-        tensor.ClearField(name)  # type: ignore[arg-type]
+    typed = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
+    for name in (*typed, "raw_data", "external_data", "data_location"):
+        tensor.ClearField(name)
 
 
 def _point(tensor: TensorProto, location: str, offset: int) -> None:
@@ -387,12 +408,12 @@ def _move_out(proto: onnx.ModelProto, path: Path) -> None:
     """Move the data of every larger tensor into a file."""
     with open(path, "wb") as file:
         for tensor in tensors(proto):
-            if tensor.data_location == TensorProto.EXTERNAL or tensor.data_type == TensorProto.STRING or valid.nbytes(tensor) < PAGE:
+            inline = tensor.data_location != TensorProto.EXTERNAL and tensor.data_type != TensorProto.STRING
+            if not inline or valid.nbytes(tensor) < PAGE:
                 continue
             offset = file.seek(-(-file.tell() // PAGE) * PAGE)
             file.write(ir.serde.TensorProtoTensor(tensor).tobytes())
             _point(tensor, path.name, offset)
-    files.sync(path)
 
 
 def _serialize(proto: onnx.ModelProto) -> bytes | None:
@@ -405,7 +426,8 @@ def _serialize(proto: onnx.ModelProto) -> bytes | None:
 
 
 def _ir_external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    for graph in (*model.graphs(), *(g for function in model.functions.values() for g in (function, *function.subgraphs()))):
+    bodies = [body for function in model.functions.values() for body in (function, *function.subgraphs())]
+    for graph in (*model.graphs(), *bodies):
         for value in graph.initializers.values() if isinstance(graph, ir.Graph) else ():
             if isinstance(value.const_value, ir.ExternalTensor):
                 yield value.const_value

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Iterable
 
 import numpy as np
 import onnx
@@ -10,82 +11,110 @@ from onnx import TensorProto, numpy_helper
 
 from onnxprune.errors import PruneError
 
-DENSE_LIMIT = 2**31
-"""Bytes a sparse initializer may grow to: more is a file that lies about its size."""
+DENSE_LIMIT = 2**28
+"""Bytes that the sparse initializers of any model may grow to."""
 
-STORABLE = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.INT8, TensorProto.UINT8}
-"""Types that onnxruntime reads from a sparse_initializer."""
+DENSE_RATIO = 100
+"""How many times a model's size they may grow to beyond that: more is a file that lies about its shapes."""
+
+STORABLE = {
+    TensorProto.FLOAT,
+    TensorProto.DOUBLE,
+    TensorProto.FLOAT16,
+    TensorProto.BFLOAT16,
+    TensorProto.INT8,
+    TensorProto.UINT8,
+}
+"""Types of weights that onnxruntime reads from a sparse_initializer (4-bit ones it does not)."""
 
 
-def densify(proto: onnx.ModelProto) -> frozenset[str]:
-    """Turn the main graph's sparse initializers into dense ones, in place; returns their names.
+def densify(proto: onnx.ModelProto, graphs: Iterable[onnx.GraphProto]) -> frozenset[str]:
+    """Turn sparse initializers into dense ones, in place; returns their names.
 
     onnxruntime does the same at load, so nothing about the computation changes.
-    """
-    graph = proto.graph
-    names = frozenset(item.values.name for item in graph.sparse_initializer)
-    for item in graph.sparse_initializer:
-        graph.initializer.append(_dense(item))
-    graph.ClearField("sparse_initializer")
-    return names
-
-
-def compress(proto: onnx.ModelProto, names: Collection[str] | None) -> None:
-    """Store initializers of the main graph sparsely, in place, where that takes fewer bytes.
 
     Args:
-        proto: the model; a sparse entry costs its value and an int64 index, so the break-even is a share of
-            zeros of 2/3 for float32.
+        proto: the model.
+        graphs: its graphs, at any depth.
+
+    Raises:
+        PruneError: a sparse initializer is inconsistent, or declares a shape out of all proportion.
+    """
+    names: list[str] = []
+    budget = 0
+    for graph in graphs:
+        if not graph.sparse_initializer:
+            continue
+        budget = budget or max(DENSE_LIMIT, DENSE_RATIO * proto.ByteSize())
+        for item in graph.sparse_initializer:
+            tensor = _dense(item, budget)
+            budget -= len(tensor.raw_data)
+            names.append(tensor.name)
+            graph.initializer.append(tensor)
+        graph.ClearField("sparse_initializer")
+    return frozenset(names)
+
+
+def compress(graphs: Iterable[onnx.GraphProto], names: Collection[str] | None) -> None:
+    """Store initializers sparsely, in place, where that takes fewer bytes and onnxruntime runs the result.
+
+    An entry costs its value and an int64 index, so the break-even is a share of zeros of 2/3 for float32. What feeds an
+    output of its graph stays dense, since onnxruntime would return it as a sparse tensor; so does what a caller may
+    override (a graph input). Every operator can read one: onnxruntime makes them dense when it loads the model.
+
+    Args:
+        graphs: the graphs of a model, at any depth.
         names: the initializers to consider; None for all.
     """
-    if names is not None and not names:
-        return
-    graph = proto.graph
-    inputs = {value.name for value in graph.input}
-    dense: list[TensorProto] = []
-    for tensor in graph.initializer:
-        wanted = (names is None or tensor.name in names) and tensor.name not in inputs
-        packed = _sparse(tensor) if wanted and tensor.data_type in STORABLE else None
-        if packed is None:
-            dense.append(tensor)
-        else:
-            graph.sparse_initializer.append(packed)
-    if len(dense) < len(graph.initializer):
-        kept = [onnx.TensorProto.FromString(t.SerializeToString()) for t in dense]
-        graph.ClearField("initializer")
-        graph.initializer.extend(kept)
+    for graph in graphs:
+        fixed = {value.name for value in (*graph.input, *graph.output)}
+        for index in reversed(range(len(graph.initializer))):
+            tensor = graph.initializer[index]
+            if tensor.name in fixed or (names is not None and tensor.name not in names):
+                continue
+            item = _sparse(tensor)
+            if item is not None:
+                graph.sparse_initializer.insert(0, item)
+                del graph.initializer[index]
 
 
 def _sparse(tensor: TensorProto) -> onnx.SparseTensorProto | None:
-    if tensor.data_location == TensorProto.EXTERNAL or not tensor.dims:
+    """A tensor as a sparse one; None where that is not smaller, or not possible."""
+    if tensor.data_type not in STORABLE or tensor.data_location == TensorProto.EXTERNAL or not tensor.dims:
         return None
-    array = numpy_helper.to_array(tensor)
-    flat = array.reshape(-1)
-    (indices,) = np.nonzero(flat.view(f"u{flat.itemsize}"))  # by bits: -0.0 must come back as -0.0
-    if indices.size * (flat.itemsize + 8) >= flat.nbytes:
+    flat = numpy_helper.to_array(tensor).reshape(-1)
+    bits = flat.view(f"u{flat.itemsize}")  # -0.0 must come back as -0.0
+    if np.count_nonzero(bits) * (flat.itemsize + 8) >= flat.nbytes:
         return None
+    (indices,) = np.nonzero(bits)
     item = onnx.SparseTensorProto()
     item.values.CopyFrom(numpy_helper.from_array(flat[indices], tensor.name))
     item.indices.CopyFrom(numpy_helper.from_array(indices.astype(np.int64), f"{tensor.name}_indices"))
     item.dims.extend(tensor.dims)
-    return item
+    return item if item.ByteSize() < tensor.ByteSize() else None
 
 
-def _dense(item: onnx.SparseTensorProto) -> TensorProto:
+def _dense(item: onnx.SparseTensorProto, budget: int) -> TensorProto:
+    """A sparse tensor as a dense one of at most `budget` bytes."""
     name, dims = item.values.name, list(item.dims)
-    size = int(np.prod(dims, dtype=object))
     if TensorProto.EXTERNAL in (item.values.data_location, item.indices.data_location):
-        raise PruneError(f"sparse initializer '{name}' keeps its data in another file, which is not supported: load and save it dense first")
-    try:
-        values, indices = numpy_helper.to_array(item.values), numpy_helper.to_array(item.indices)
-        if any(d < 0 for d in dims) or size * values.itemsize > DENSE_LIMIT:
-            raise PruneError(f"sparse initializer '{name}' declares the shape {dims}, more than {DENSE_LIMIT} bytes when dense")
-        flat = np.zeros(size, values.dtype)
-        if indices.ndim == 2:
-            indices = np.ravel_multi_index(tuple(indices.T), dims)
-        flat[indices] = values
-    except (ValueError, IndexError, TypeError) as error:
-        if isinstance(error, PruneError):
-            raise
-        raise PruneError(f"sparse initializer '{name}' of shape {dims} is inconsistent: {error}") from error
+        raise PruneError(f"sparse initializer '{name}' keeps its data in another file; load and save it dense first")
+    values, indices = numpy_helper.to_array(item.values), numpy_helper.to_array(item.indices)
+    size = math.prod(dims)
+    wrong = f"sparse initializer '{name}' of shape {dims}"
+    if size * values.itemsize > budget:
+        raise PruneError(f"{wrong} takes more memory when dense than the file's size justifies; store it dense first")
+    if any(d < 0 for d in dims) or values.dtype.kind == "O" or indices.dtype.kind not in "iu":
+        raise PruneError(
+            f"{wrong} is inconsistent: it needs numbers as values and integers as indices; export it again"
+        )
+    if indices.ndim == 2 and indices.shape[1] == len(dims):
+        inside = bool(((indices >= 0) & (indices < np.array(dims, np.int64))).all())
+        indices = indices @ np.array([math.prod(dims[i + 1 :]) for i in range(len(dims))], np.int64)
+    else:
+        inside = indices.ndim == 1 and bool(((indices >= 0) & (indices < size)).all())
+    if not inside or values.shape != indices.shape:
+        raise PruneError(f"{wrong} is inconsistent: {values.shape} values at indices that do not fit; export it again")
+    flat = np.zeros(size, values.dtype)
+    flat[indices] = values
     return numpy_helper.from_array(flat.reshape(dims), name)

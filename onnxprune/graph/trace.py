@@ -18,6 +18,9 @@ from onnxprune.graph.roles import CONTRIB, Role
 
 NONDETERMINISTIC = {"RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout"}
 
+RESHAPING = ex.MOVES.keys() - {"Concat", "Gather"} | {"Split", "Cast", "CastLike", "DequantizeLinear"}
+"""Operators whose result is their first operand, moved or converted; a Gather at run time is a look-up."""
+
 
 class Untraceable(Exception):
     """A constant operand that cannot be followed to a stored tensor; the text is the reason a user reads."""
@@ -120,9 +123,16 @@ class Tracer:
             Untraceable: the operand is constant, but cannot be followed to stored tensors.
         """
         attributes = scope.attributes(node)
-        traced = self.trace(node.inputs[role.operand], scope)
-        if role.zero_point is not None:
-            traced = self._quantised(node, scope, role, traced, attributes)
+        try:
+            traced = self.trace(node.inputs[role.operand], scope)
+            layout = _layout(traced)
+            role.view(layout, attributes)
+            if role.zero_point is not None:
+                traced = self._quantised(node, scope, role, traced, layout.shape, attributes)
+        except PruneError:
+            raise
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise Untraceable(f"its layout cannot be computed as the graph describes it: {error}") from error
         return Use(node.name or "", node.op_type, role.operand, traced, lambda x: role.view(x, attributes), node, scope)
 
     def trace(self, value: ir.Value | None, scope: Scope) -> ex.Expression:
@@ -208,7 +218,7 @@ class Tracer:
         if sides[index] != full:
             raise Untraceable(f"it is a product of {list(sides[0])} and {list(sides[1])}, neither of the operand's shape")
         weight = self.trace(node.inputs[index], scope)
-        if self._sources(node.inputs[1 - index], scope) & {id(leaf.value) for leaf in ex.leaves(weight)}:
+        if self._sources(node.inputs[1 - index], scope).keys() & {id(leaf.value) for leaf in ex.leaves(weight)}:
             raise Untraceable("its scale is computed from the weight itself (weight normalisation); fold it before pruning")
         factor = self.constant(node.inputs[1 - index], scope)
         if op == "Mul":
@@ -221,26 +231,39 @@ class Tracer:
         zero = self.constant(node.inputs[1], scope)
         if not _as_stored(arg):
             raise Untraceable("a constant is subtracted after it was scaled")
+        shape = _layout(arg).shape
+        if np.broadcast_shapes(shape, zero.shape) != shape:
+            raise Untraceable(f"it is the difference of {list(shape)} and {list(zero.shape)}, the first not of the operand's shape")
         for leaf in ex.leaves(arg):
             stored = leaf.tensor.dtype.numpy()
             if not np.array_equal(zero.astype(stored).astype(np.float64), zero.astype(np.float64)):
                 raise Untraceable(f"the zero point {zero.reshape(-1)[:4]} subtracted from it is no {np.dtype(stored).name}")
-        return ex.Scale(lambda x: x - zero.astype(x.dtype), arg, zero)
+        return ex.Scale(lambda x: x - zero.astype(x.dtype), arg, _shift_or_none(zero))
 
     def _dequantize(self, node: ir.Node, scope: Scope, attributes: dict[str, Any]) -> ex.Expression:
         scale = self.constant(node.inputs[1], scope)
         zero = self._side(node, 2, scope)
+        resolved = self._resolve(node.inputs[0], scope)
+        assert resolved is not None
+        producer = resolved[0].producer()
+        if producer is not None and producer.op_type == "QuantizeLinear":  # 0.0 comes back as 0.0
+            before = self._side(producer, 2, resolved[1])
+            if not np.array_equal(0 if zero is None else zero, 0 if before is None else before):
+                raise Untraceable("it is quantised with one zero point and dequantised with another")
+            return ex.Scale(lambda x: x, self.trace(producer.inputs[0], resolved[1]))
+        arg = self.trace(node.inputs[0], scope)
+        if not _as_stored(arg):
+            raise Untraceable("it is dequantised after it was scaled")
         axis, block = int(attributes.get("axis", 1)), int(attributes.get("block_size", 0))
-        shape = self.constant_shape(node.inputs[0], scope)
+        shape = _layout(arg).shape
         spread_scale = ex.per_axis(scale, shape, axis, block)
         spread_zero = None if zero is None else ex.per_axis(zero, shape, axis, block)
-        return self._shifted(node.inputs[0], scope, spread_scale, spread_zero)
+        return ex.Scale(lambda x: ex.dequantize(x, spread_scale, spread_zero), arg, _shift_or_none(spread_zero))
 
     def _quantised(
-        self, node: ir.Node, scope: Scope, role: Role, operand: ex.Expression, attributes: dict[str, Any]
+        self, node: ir.Node, scope: Scope, role: Role, operand: ex.Expression, shape: tuple[int, ...], attributes: dict[str, Any]
     ) -> ex.Expression:
         """The operand of an operator that dequantises it itself."""
-        shape = ex.push(operand, lambda leaf: np.broadcast_to(np.bool_(False), leaf.shape)).shape
         parameters = []
         for index in (role.scale, role.zero_point):
             if index is None or index < 0 or index >= len(node.inputs) or node.inputs[index] is None:
@@ -251,37 +274,48 @@ class Tracer:
                 parameters.append(role.spread(self.constant(node.inputs[index], scope), shape, attributes))
         scale, zero = parameters
         scale = np.float32(1).reshape(()) if scale is None else scale
-        return ex.Scale(lambda x: ex.dequantize(x, scale, zero), operand, zero)
-
-    def _shifted(self, value: ir.Value | None, scope: Scope, scale: np.ndarray, zero: np.ndarray | None) -> ex.Expression:
-        resolved = self._resolve(value, scope)
-        assert resolved is not None
-        producer = resolved[0].producer()
-        if producer is not None and producer.op_type == "QuantizeLinear":  # quantised and dequantised: 0.0 comes back as 0.0
-            return ex.Scale(lambda x: x, self.trace(producer.inputs[0], resolved[1]))
-        arg = self.trace(value, scope)
-        if not _as_stored(arg):
-            raise Untraceable("it is dequantised after it was scaled")
-        return ex.Scale(lambda x: ex.dequantize(x, scale, zero), arg, zero)
+        return ex.Scale(lambda x: ex.dequantize(x, scale, zero), operand, _shift_or_none(zero))
 
     # ------------------------------------------------------------ looking around
 
     def constant_shape(self, value: ir.Value | None, scope: Scope) -> tuple[int, ...]:
         """Shape of a constant value, without computing it where its expression is known."""
         try:
-            marker = ex.push(self.trace(value, scope), lambda leaf: np.broadcast_to(np.bool_(False), leaf.shape))
+            return _layout(self.trace(value, scope)).shape
         except Untraceable:
-            marker = self.constant(value, scope)
-        return marker.shape
+            return self.constant(value, scope).shape
+
+    def origin(self, value: ir.Value | None, scope: Scope) -> str:
+        """Name of the largest stored tensor that a constant is computed from; the constant's own where there is none."""
+        sources = self._sources(value, scope).values()
+        named = max(sources, key=lambda v: v.const_value.size if v.const_value is not None else 0, default=value)
+        return "" if named is None else str(named.name)
+
+    def behind(self, value: ir.Value | None, scope: Scope) -> tuple[str, str] | None:
+        """The stored matrix that moves and casts make a changing value of, and the operator; None for an activation.
+
+        Something beside the data then arrives at run time: the shape, a scale.
+        """
+        op = ""
+        while (resolved := self._resolve(value, scope)) is not None:
+            value, scope = resolved
+            node = value.producer()
+            if node is None or self.is_constant(value, scope):
+                stored = op and self.is_constant(value, scope) and len(self.constant_shape(value, scope)) > 1
+                return (self.origin(value, scope), op) if stored else None
+            if node.op_type not in RESHAPING or not node.inputs:
+                return None
+            op, value = node.op_type, node.inputs[0]
+        return None
 
     def _side(self, node: ir.Node, index: int, scope: Scope) -> np.ndarray | None:
         if index >= len(node.inputs) or node.inputs[index] is None:
             return None
         return self.constant(node.inputs[index], scope)
 
-    def _sources(self, value: ir.Value | None, scope: Scope) -> set[int]:
-        """The stored values a constant is computed from."""
-        sources: set[int] = set()
+    def _sources(self, value: ir.Value | None, scope: Scope) -> dict[int, ir.Value]:
+        """The stored values a constant is computed from, by their id."""
+        sources: dict[int, ir.Value] = {}
         seen: set[tuple[int, Scope]] = set()
         stack = [(value, scope)]
         while stack:
@@ -291,7 +325,7 @@ class Tracer:
             seen.add((id(resolved[0]), resolved[1]))
             node = resolved[0].producer()
             if node is None or node.op_type == "Constant":
-                sources.add(id(resolved[0]))
+                sources[id(resolved[0])] = resolved[0]
             else:
                 stack.extend((v, resolved[1]) for v in node.inputs)
         return sources
@@ -375,6 +409,16 @@ def _constant_inputs(value: ir.Value) -> bool | list[ir.Value]:
 
 def _is_float(dtype: Any) -> bool:
     return bool(np.issubdtype(dtype, np.floating)) or dtype in (ml_dtypes.bfloat16, np.dtype(ml_dtypes.bfloat16))
+
+
+def _layout(expression: ex.Expression) -> np.ndarray:
+    """An array of the operand's shape that costs little."""
+    return ex.push(expression, lambda leaf: np.broadcast_to(np.bool_(False), leaf.shape))
+
+
+def _shift_or_none(zero: np.ndarray | None) -> np.ndarray | None:
+    """A zero point; None where it is 0 throughout, and so shifts nothing."""
+    return None if zero is None or not np.any(zero) else zero
 
 
 def _as_stored(expression: ex.Expression) -> bool:

@@ -37,7 +37,8 @@ def external(tensor: TensorProto) -> External:
 
 def nbytes(tensor: TensorProto) -> int:
     """Bytes of a tensor as raw data, from its declared type and shape."""
-    return -(-math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth // 8)
+    bits: int = math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth
+    return -(-bits // 8)
 
 
 def check_tensor(tensor: TensorProto, what: str) -> None:
@@ -52,9 +53,11 @@ def check_tensor(tensor: TensorProto, what: str) -> None:
     except ValueError:
         dtype = ir.DataType.UNDEFINED
     if dtype == ir.DataType.UNDEFINED:
-        raise PruneError(f"{name} has the type number {tensor.data_type}, which ONNX does not define; export the model again, or update onnx-ir")
+        raise PruneError(
+            f"{name} has the type {tensor.data_type}, which is not known; export it again or update onnx-ir"
+        )
     if any(d < 0 for d in tensor.dims):
-        raise PruneError(f"{name} has the shape {list(tensor.dims)}; sizes cannot be negative: the file is damaged, export it again")
+        raise PruneError(f"{name} has the negative shape {list(tensor.dims)}: the file is damaged, export it again")
     if tensor.data_location == TensorProto.EXTERNAL:
         if dtype == ir.DataType.STRING:
             raise PruneError(f"{name} keeps strings in another file, which ONNX forbids; export the model again")
@@ -99,10 +102,11 @@ def check_external(tensors: Iterable[TensorProto], roots: Sequence[Path], what: 
         try:
             file, offset, length = external(tensor)
         except ValueError as error:
-            raise PruneError(f"{name} is described wrongly ({error}); offset and length are numbers: export the model again") from None
+            raise PruneError(f"{name}: offset and length must be numbers ({error}); export the model again") from None
         if not roots:
             raise PruneError(
-                f"{name} is in the file '{file}', but a ModelProto has no folder; pass the path of the model, or load it with its external data"
+                f"{name} is in the file '{file}', but a ModelProto has no folder; pass the model's path, "
+                "or load it with its external data"
             )
         if file not in found:
             found[file] = _locate(file, roots[0], real, name)
@@ -111,33 +115,37 @@ def check_external(tensors: Iterable[TensorProto], roots: Sequence[Path], what: 
         if offset < 0 or (length is not None and length < need) or offset + max(need, length or 0) > size:
             raise PruneError(
                 f"{name} {list(tensor.dims)} needs {need} bytes at offset {offset} of '{file}', which has {size} "
-                f"(declared length {'none' if length is None else length}): the file is truncated or the wrong one; copy it again"
+                f"(declared length {'none' if length is None else length}): the file is truncated or the wrong one; "
+                "copy it again"
             )
     return found
 
 
 def _locate(file: str, folder: Path, real: Sequence[Path], name: str) -> str:
     if not file or "\0" in file or os.path.isabs(file):
-        raise PruneError(f"{name} is at '{file}', which is no path relative to the model's folder; move the data beside the model")
+        raise PruneError(f"{name} is at '{file}', outside the model's folder; move the data beside the model")
     path = Path(os.path.realpath(folder / file))
     if not any(path.is_relative_to(root) for root in real):
-        raise PruneError(f"{name} is at '{file}', outside the model's folder '{folder}'; that is refused: move the data beside the model")
+        raise PruneError(f"{name} is at '{file}', outside the model's folder; move the data beside the model")
     try:
         mode = path.stat().st_mode
     except OSError as error:
-        raise PruneError(f"{name}: the file '{file}' is missing in '{folder}' ({error.strerror}); put it beside the model") from None
+        raise PruneError(
+            f"{name}: the file '{file}' is missing in '{folder}' ({error.strerror}); put it beside the model"
+        ) from None
     if not stat.S_ISREG(mode):
         raise PruneError(f"{name} is at '{file}', which is no regular file; put the data beside the model")
     return str(path)
 
 
 def check_names(proto: onnx.ModelProto, what: str) -> None:
-    """Every name is given once, and every name that is read is given: by an input, an initializer, a node or an outer graph.
+    """Every name is given once, and every name that is read is given: by an input, an initializer or a node.
 
     Raises:
         PruneError: with the first name for which that fails.
     """
-    stack: list[tuple[onnx.GraphProto | onnx.FunctionProto, tuple[set[str], ...]]] = [(g, ()) for g in (*proto.functions, proto.graph)]
+    stack: list[tuple[onnx.GraphProto | onnx.FunctionProto, tuple[set[str], ...]]]
+    stack = [(graph, ()) for graph in (*proto.functions, proto.graph)]
     while stack:
         graph, outer = stack.pop()
         inputs = {i if isinstance(i, str) else i.name for i in graph.input}
@@ -145,27 +153,33 @@ def check_names(proto: onnx.ModelProto, what: str) -> None:
         if isinstance(graph, onnx.GraphProto):
             for name in (*(t.name for t in graph.initializer), *(s.values.name for s in graph.sparse_initializer)):
                 if name in known:
-                    raise PruneError(f"{what} has two initializers named '{name}'; which one is meant cannot be told: export it again")
+                    raise PruneError(
+                        f"{what} has two initializers named '{name}', and only one is meant; export it again"
+                    )
                 known.add(name)
         known |= inputs
         for node in graph.node:
             for name in filter(None, node.output):
                 if name in known:
-                    raise PruneError(f"{what}: '{name}', an output of {_node(node)}, is given twice; export the model again")
+                    raise PruneError(f"{what}: '{name}', an output of {_node(node)}, is given twice; export it again")
                 known.add(name)
         scopes = (known, *outer)
         for node in graph.node:
             for name in filter(None, node.input):
                 if not any(name in scope for scope in scopes):
                     raise PruneError(
-                        f"{what}: {_node(node)} reads '{name}', which no input, initializer or node gives: the model is incomplete, export it again"
+                        f"{what}: {_node(node)} reads '{name}', which no input, initializer or node gives: "
+                        "the model is incomplete, export it again"
                     )
             for attribute in node.attribute:
                 stack.extend((g, scopes) for g in ([attribute.g] if attribute.HasField("g") else attribute.graphs))
         for value in graph.output:
             name = value if isinstance(value, str) else value.name
             if not any(name in scope for scope in scopes):
-                raise PruneError(f"{what}: the output '{name}' of graph '{graph.name}' is given by nothing: the model is incomplete, export it again")
+                raise PruneError(
+                    f"{what}: no input, initializer or node gives the output '{name}' of graph '{graph.name}': "
+                    "the model is incomplete, export it again"
+                )
 
 
 def _node(node: onnx.NodeProto) -> str:

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from onnxprune.errors import PruneError
 from onnxprune.graph import expression as ex
 from onnxprune.graph.model import Model
-from onnxprune.graph.roles import OPAQUE, ROLES
+from onnxprune.graph.roles import OPAQUE, ROLES, Role
 from onnxprune.graph.trace import Scope, Tracer, Untraceable, Use
 
 FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
@@ -82,10 +82,11 @@ class Weight:
         use = self.uses[0]
         if self._places is None:
             return use.view(ex.compute(use.expression, self._read))
-        flat = np.zeros(int(np.prod(self.shape, dtype=np.int64)), np.float32)
-        for use in self.uses:  # later uses of an element see what the first one sees, up to their own scales
+        computed = [use.view(ex.compute(use.expression, self._read)) for use in self.uses]
+        flat = np.zeros(int(np.prod(self.shape, dtype=np.int64)), np.result_type(*computed))
+        for use, values in zip(reversed(self.uses), reversed(computed), strict=True):  # what the first use sees counts
             seen = use.view(ex.push(use.expression, self._indices)).reshape(-1)
-            flat[seen[seen >= 0]] = use.view(ex.compute(use.expression, self._read)).reshape(-1)[seen >= 0]
+            flat[seen[seen >= 0]] = values.reshape(-1)[seen >= 0]
         return flat[self._places]
 
     def role(self, stored: np.ndarray) -> np.ndarray:
@@ -97,10 +98,11 @@ class Weight:
 
     def stored(self, role: np.ndarray, fill: object = True) -> np.ndarray:
         """An array in role order in the stored shape; elements no operand reads are `fill`."""
-        out = np.full(self.shape, fill, role.dtype)
         if self._places is not None:
+            out = np.full(self.shape, fill, role.dtype)
             out.reshape(-1)[self._places] = role
         else:
+            out = np.empty(self.shape, role.dtype)
             self.role(out)[...] = role
         return out
 
@@ -124,6 +126,18 @@ class Weight:
         zero = self.zero()
         out[~keep] = 0 if zero is None else zero[~keep].astype(out.dtype)
         return out
+
+    def zero_everywhere(self) -> bool:
+        """Whether every operator sees exactly 0.0 in an entry at its `zero`: False where they disagree about it."""
+        zero = self.zero()
+        if zero is None:
+            return True
+        stored = zero.astype(self.dtype)
+        for use in self.uses:
+            seen = ex.compute(use.expression, lambda leaf: stored if leaf.tensor is self.leaf.tensor else self._read(leaf))
+            if np.any(seen[ex.push(use.expression, self._indices) >= 0]):
+                return False
+        return True
 
     @cached_property
     def _places(self) -> np.ndarray | None:
@@ -154,12 +168,12 @@ class Weight:
         return np.concatenate([p.reshape(-1) for p in parts])[None, :]
 
     def _read(self, leaf: ex.Leaf) -> np.ndarray:
-        if leaf.value is self.leaf.value:
+        if leaf.tensor is self.leaf.tensor:
             return self.storage.read()
         return np.broadcast_to(leaf.tensor.dtype.numpy().type(0), leaf.shape)
 
     def _indices(self, leaf: ex.Leaf) -> np.ndarray:
-        if leaf.value is self.leaf.value:
+        if leaf.tensor is self.leaf.tensor:
             return np.arange(int(np.prod(self.shape, dtype=np.int64))).reshape(self.shape)
         return np.broadcast_to(np.int64(-1), leaf.shape)
 
@@ -199,31 +213,36 @@ def find(model: Model) -> tuple[list[Weight], list[Skipped]]:
     skipped: dict[str, Skipped] = {}
     for node, scope in tracer.nodes():
         for index, use_of in _operands(tracer, node, scope):
-            value = node.inputs[index]
-            assert value is not None
             try:
                 use = use_of()
             except Untraceable as error:
-                skipped.setdefault(f"{value.name}", Skipped(str(value.name), node.op_type, str(error)))
+                if node.op_type != "Gather":  # most constants that are looked up are no embeddings
+                    name = tracer.origin(node.inputs[index], scope)
+                    skipped.setdefault(name, Skipped(name, node.op_type, str(error)))
                 continue
             for leaf in ex.leaves(use.expression):
-                entry = found.setdefault(id(leaf.value), _Found(leaf, where=scope.path))
+                entry = found.setdefault(id(leaf.tensor), _Found(leaf, where=scope.path))
                 entry.uses.append(use)
     weights: list[Weight] = []
     taken: set[str] = set()
     for entry in found.values():
         name = _unique(str(entry.leaf.value.name), entry.where, taken)
+        uses = _roles_first(entry.uses, tracer)
         reason = _unsupported(entry.leaf)
         if reason:
-            skipped.setdefault(name, Skipped(name, entry.uses[0].op_type, reason))
+            if uses[0].op_type != "Gather":
+                skipped.setdefault(name, Skipped(name, uses[0].op_type, reason))
             continue
         taken.add(name)
-        uses = sorted(entry.uses, key=lambda use: use.op_type == "Gather")  # an embedding tied to a MatMul is a MatMul's weight
         types = tuple(dict.fromkeys("Embedding" if use.op_type == "Gather" else use.op_type for use in uses))
         names = frozenset({name, name.rpartition(".")[0], *(use.node for use in uses)}) - {""}
         tensor = entry.leaf.tensor
         storage = TensorStorage(model, tensor)
-        weights.append(Weight(name, types, names, entry.leaf.shape, np.dtype(tensor.dtype.numpy()), storage, tuple(uses), entry.leaf))
+        weight = Weight(name, types, names, entry.leaf.shape, np.dtype(tensor.dtype.numpy()), storage, tuple(uses), entry.leaf)
+        if weight.zero_everywhere():
+            weights.append(weight)
+        else:
+            skipped.setdefault(name, Skipped(name, weight.op_type, "it is read with different zero points: no stored value is 0.0 to all of them"))
     return weights, list(skipped.values())
 
 
@@ -235,11 +254,21 @@ def _operands(tracer: Tracer, node: ir.Node, scope: Scope) -> Iterator[tuple[int
             if _given(node, index) and tracer.is_constant(node.inputs[index], scope):
                 yield index, partial(_refuse, OPAQUE[key][1])
         return
-    roles = ROLES.get(key, ())
-    constant = [r for r in roles if _given(node, r.operand) and tracer.is_constant(node.inputs[r.operand], scope)]
-    if key[1] in {"LSTM", "GRU", "RNN", "DynamicQuantizeLSTM"} or len(constant) == 1:
+    given = [r for r in ROLES.get(key, ()) if _given(node, r.operand)]
+    constant = [r for r in given if tracer.is_constant(node.inputs[r.operand], scope)]
+    if key[1] == "Gather":
+        for role in constant:
+            yield role.operand, partial(_table, tracer, node, scope, role)
+        return
+    both = key[1] in {"LSTM", "GRU", "RNN", "DynamicQuantizeLSTM"}
+    if both or len(constant) == 1:
         for role in constant:
             yield role.operand, partial(tracer.use, node, scope, role)
+    if both or not constant:
+        for role in given:
+            behind = None if role in constant else tracer.behind(node.inputs[role.operand], scope)
+            if behind is not None:
+                yield role.operand, partial(_refuse, f"the {behind[1]} after it takes a shape, a scale or a zero point that is known at run time only")
 
 
 def _given(node: ir.Node, index: int) -> bool:
@@ -248,6 +277,27 @@ def _given(node: ir.Node, index: int) -> bool:
 
 def _refuse(reason: str) -> Use:
     raise Untraceable(reason)
+
+
+def _table(tracer: Tracer, node: ir.Node, scope: Scope, role: Role) -> Use:
+    """The Use of an embedding: a matrix of real numbers, where many a Gather looks up shapes, indices and scalars."""
+    use = tracer.use(node, scope, role)
+    values = ex.compute(use.expression, lambda leaf: np.broadcast_to(leaf.tensor.dtype.numpy().type(0), leaf.shape))
+    if values.ndim < 2 or ir.DataType.from_numpy(values.dtype) not in FLOATS:
+        raise Untraceable("it is no matrix of real numbers")
+    return use
+
+
+def _roles_first(uses: list[Use], tracer: Tracer) -> list[Use]:
+    """Uses with those as an embedding last: tied to a MatMul, it is the MatMul's weight.
+
+    A Gather of constant positions only moves what another operator reads; alone, it is an embedding of fixed positions.
+    """
+    gathers = [use for use in uses if use.op_type == "Gather"]
+    others = [use for use in uses if use.op_type != "Gather"]
+    if others:
+        gathers = [u for u in gathers if u.site is None or not tracer.is_constant(u.site.inputs[1], u.scope)]
+    return others + gathers
 
 
 def _unsupported(leaf: ex.Leaf) -> str:
@@ -261,8 +311,8 @@ def _unsupported(leaf: ex.Leaf) -> str:
 def _unique(name: str, where: str, taken: set[str]) -> str:
     if name not in taken:
         return name
-    candidates = [f"{where}/{name}", *(f"{where}/{name}.{i}" for i in range(2, 10_000))]
-    return next(c for c in candidates if c not in taken)
+    stem = f"{where}/{name}" if where else name
+    return next(c for c in (stem, *(f"{stem}.{i}" for i in range(2, 10_000))) if c not in taken)
 
 
 def _shifted(expression: ex.Expression) -> bool:
@@ -304,9 +354,14 @@ def check_finite(weight: Weight, values: np.ndarray) -> None:
     Raises:
         PruneError: with the number of such entries.
     """
-    if values.dtype.kind in "iu":
+    if values.dtype.kind in "iu" or values.size == 0:
         return
-    bad = int(np.count_nonzero(~np.isfinite(values.astype(np.float32) if values.dtype.itemsize == 2 else values)))
+    if values.dtype.itemsize == 2:  # half floats have no fast maximum; their bits have
+        infinity = np.array(np.inf, values.dtype).view(np.uint16)
+        finite = bool((values.view(np.uint16) & np.uint16(0x7FFF)).max() < infinity)
+    else:
+        finite = bool(np.isfinite(values.max()) and np.isfinite(values.min()))
+    bad = 0 if finite else int(np.count_nonzero(~np.isfinite(values.astype(np.float64))))
     if bad:
         raise PruneError(
             f"weight '{weight.name}' {list(weight.shape)} ({weight.op_type}) holds {bad} entries that are NaN or infinite; "
