@@ -137,6 +137,22 @@ class Pruner:
         """Move schedules that count optimizer steps on."""
         self.clock = Clock(self.clock.epoch or 0, (self.clock.step or 0) + steps)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where the schedule is and what is pruned, as plain values and arrays."""
+        return {"epoch": self.clock.epoch, "step": self.clock.step, "masks": {n: self.masks[n] for n in self.masks}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`.
+
+        Raises:
+            PruneError: it is not one.
+        """
+        try:
+            self.clock = Clock(state["epoch"], state["step"])
+            self.masks = Masks({name: np.asarray(mask, np.bool_) for name, mask in state["masks"].items()})
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise PruneError(f"this is no state_dict of a pruner: {type(error).__name__} {error}") from error
+
     def prune(self, model: ModelSource, *, epoch: int | None = None, step: int | None = None, **options: Any) -> Result:
         """Prune a model at one point of the schedule.
 
@@ -249,7 +265,7 @@ def run(
         factors = trial.factors([w.name for _, chosen in config.assign(weights) for w in chosen])
     kept, misfits = decide(config, weights, clock, held, factors)
     governed = [w for w in weights if w.name in kept]
-    report = Report(tuple(_row(w, kept[w.name]) for w in governed), (*misfits, *untouched))
+    report = Report(tuple(row(w, kept[w.name]) for w in governed), (*misfits, *untouched))
     masks = Masks(kept)
     for weight in governed:
         edit(model, weight, masks)
@@ -316,7 +332,8 @@ def note(model: Model, config: configuration.Config, report: Report, clock: Cloc
     model.proto.metadata_props.add(key="onnxprune", value=json.dumps(record, default=list, sort_keys=True))
 
 
-def _row(weight: Weight, keep: np.ndarray) -> Row:
+def row(weight: Weight, keep: np.ndarray) -> Row:
+    """One weight of a report: zeros before its mask, and after."""
     zero = weight.values() == 0
     before = int(np.count_nonzero(zero))
     zero |= ~weight.role(keep)

@@ -21,7 +21,8 @@ from onnxprune.runtime.session import ModelInput
 
 FLOAT8 = {ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E4M3FNUZ, ir.DataType.FLOAT8E5M2, ir.DataType.FLOAT8E5M2FNUZ}
 PARAMETERS = FLOATS | INTEGERS | FLOAT8
-"""Types that count as parameters: floats and quantised integers. 32- and 64-bit integers are shapes, indices and the like."""
+"""Types that count as parameters: floats and quantised integers. Integers of 32 and 64 bits are shapes, indices and
+the like."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,8 @@ def inspect(model: ModelSource, shapes: Mapping[str, Sequence[int]] | None = Non
 
     Args:
         model: a path, an onnx.ModelProto or an onnx_ir.Model; it is not changed.
-        shapes: sizes of inputs with dynamic dims, by input name, as `benchmark` takes them; others are assumed, and noted.
-            Only MACs depend on them.
+        shapes: sizes of inputs with dynamic dims, by input name, as `benchmark` takes them; others are assumed, and
+            noted. Only MACs depend on them.
 
     Raises:
         PruneError: the model cannot be read, or a shape does not fit an input.

@@ -43,15 +43,17 @@ class Site:
     """Whether it runs in a branch of an If."""
 
 
-class Unknown(Exception):
+class UnknownMacsError(Exception):
     """MACs that cannot be told from shapes; the text is the reason a user reads."""
 
 
-def count(model: Model, weights: Sequence[Weight], inputs: Mapping[str, Sequence[int]]) -> tuple[dict[str, int | str], dict[str, Shape], bool]:
+def count(
+    model: Model, weights: Sequence[Weight], inputs: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, int | str], dict[str, Shape], bool]:
     """MACs of each weight for one run of the model.
 
     Args:
-        model: the model the weights come from. Its large tensors are emptied: nothing else can be done with it afterwards.
+        model: the model the weights come from. Its large tensors are emptied: nothing else can be done with it then.
         weights: what `find` found.
         inputs: concrete shapes of the graph's inputs.
 
@@ -60,10 +62,9 @@ def count(model: Model, weights: Sequence[Weight], inputs: Mapping[str, Sequence
         weights are in a branch of an If, which are counted as if every branch ran.
     """
     tracer = Tracer(model.graph)
-    calls = model.graph.functions
-    nodes = [
-        (id(node), scope) for node, scope in tracer.nodes() if node.op_type in _OPERATORS and node.op_identifier() not in calls
-    ]
+    functions = model.graph.functions
+    walk = ((node, scope) for node, scope in tracer.nodes() if node.op_identifier() not in functions)
+    nodes = [(id(node), scope) for node, scope in walk if node.op_type in _OPERATORS]
     try:
         graph = infer(model, inputs).graph
     except Exception as error:  # whatever makes onnx refuse a graph, the weights can still be shown
@@ -82,7 +83,7 @@ def count(model: Model, weights: Sequence[Weight], inputs: Mapping[str, Sequence
         try:
             found[weight.name] = sum(_macs(weight, use, at[site, scope]) for (site, scope, _), use in uses.items())
             branches |= any(at[site, scope].branch for site, scope, _ in uses)
-        except Unknown as error:
+        except UnknownMacsError as error:
             found[weight.name] = str(error)
     return found, {name: shape for name, shape in declared(graph).items() if name in outputs}, branches
 
@@ -91,7 +92,7 @@ def _macs(weight: Weight, use: Use, site: Site) -> int:
     if use.op_type == "Gather":
         return 0
     if site.body:
-        raise Unknown(f"it runs in the body of {site.body}, whose number of iterations is not known")
+        raise UnknownMacsError(f"it runs in the body of {site.body}, whose number of iterations is not known")
     operand = ex.push(use.expression, lambda leaf: np.broadcast_to(leaf.value is weight.leaf.value, leaf.shape))
     return _applications(use, site, operand.shape, use.view(operand).shape[1]) * int(np.count_nonzero(operand))
 
@@ -118,8 +119,8 @@ def _applications(use: Use, site: Site, operand: tuple[int, ...], width: int) ->
         return math.prod(data[:-1])
     if len(operand) <= 2:
         return math.prod(data) // width
-    if use.op_type == "FusedMatMul" and use.site is not None and {"transBatchA", "transBatchB"} & use.site.attributes.keys():
-        raise Unknown("FusedMatMul with transBatchA or transBatchB has no rule")
+    if use.site is not None and {"transBatchA", "transBatchB"} & use.site.attributes.keys():
+        raise UnknownMacsError("FusedMatMul with transBatchA or transBatchB has no rule")
     batches = math.prod(np.broadcast_shapes(operand[:-2], data[:-2])) // math.prod(operand[:-2])
     return batches * math.prod(data[-2:]) // width
 
@@ -127,7 +128,7 @@ def _applications(use: Use, site: Site, operand: tuple[int, ...], width: int) ->
 def _known(shape: Shape | None, name: str) -> tuple[int, ...]:
     known = tuple(size for size in shape or () if size is not None)
     if shape is None or len(known) < len(shape):
-        raise Unknown(f"ONNX's shape inference does not find the shape of '{name}'")
+        raise UnknownMacsError(f"ONNX's shape inference does not find the shape of '{name}'")
     return known
 
 

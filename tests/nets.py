@@ -49,11 +49,13 @@ class Operand:
         value: the value's name.
         role: takes its array to (output, input, *kernel).
         real: takes its array to what the operator computes with, where that dequantises it.
+        given: inputs of the net on which the operator runs, where not all do.
     """
 
     value: str
     role: View = lambda x: x
     real: View = lambda x: x
+    given: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,26 +138,30 @@ def run(model: onnx.ModelProto, given: Mapping[str, np.ndarray] | None = None) -
     return list(session(model).run(None, dict(feeds(model) if given is None else given)))
 
 
-def operands(model: onnx.ModelProto, names: Sequence[str]) -> list[np.ndarray]:
-    """Values of a graph as onnxruntime computes them, in float64; only the nodes they need are run."""
+def captured(node: onnx.NodeProto) -> set[str]:
+    """Names that a node's sub-graphs read."""
+    inner = [n for a in node.attribute if a.HasField("g") for n in a.g.node]
+    outputs = {o.name for a in node.attribute if a.HasField("g") for o in a.g.output}
+    return outputs.union(*(set(n.input) | captured(n) for n in inner))
+
+
+def seen(model: onnx.ModelProto, operand: Operand) -> np.ndarray:
+    """An operand's array as onnxruntime computes it, in float64; only the nodes it needs are run."""
     part = onnx.ModelProto()
     part.CopyFrom(model)
-    needed, nodes = set(names), []
+    needed, nodes = {operand.value}, []
     for node in reversed(model.graph.node):
         if needed & set(node.output):
             nodes.insert(0, node)
-            needed |= set(node.input) | {
-                name for a in node.attribute if a.HasField("g") for n in a.g.node for name in n.input
-            }
+            needed |= set(node.input) | captured(node)
     del part.graph.node[:], part.graph.output[:]
     part.graph.node.extend(nodes)
-    for index, name in enumerate(names):
-        part.graph.node.append(onnx.helper.make_node("Cast", [name], [f"operand {index}"], to=TensorProto.DOUBLE))
-        part.graph.output.append(onnx.ValueInfoProto(name=f"operand {index}"))
+    part.graph.node.append(onnx.helper.make_node("Cast", [operand.value], ["operand"], to=TensorProto.DOUBLE))
+    part.graph.output.append(onnx.ValueInfoProto(name="operand"))
     kept = [v for v in part.graph.input if v.name in needed]
     del part.graph.input[:]
     part.graph.input.extend(kept)
-    return run(part)
+    return run(part, feeds(part) | dict(operand.given))[0]
 
 
 def keeps(text: str) -> np.ndarray:

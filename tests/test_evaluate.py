@@ -273,7 +273,7 @@ def test_nan_scores_are_wrong_for_either_class() -> None:
 
 
 def test_nan_in_the_baseline_is_refused() -> None:
-    with pytest.raises(PruneError, match="the baseline the model computes NaN in output 'y'"):
+    with pytest.raises(PruneError, match="the baseline computes NaN in output 'y'"):
         evaluate(linear(), {"x": X, "labels": CLASSES}, NAN_FOR_CLASS_2)
 
 
@@ -285,6 +285,16 @@ def test_an_output_of_another_shape_agrees_with_nothing() -> None:
     assert (result.score, result.baseline_score) == (0, 1)
     assert result.agreement == module.Agreement(0.0, 0.0, math.inf)
     assert result.notes == ("output 'y' is [8, 4] where the baseline's is [8, 3]",)
+
+
+def test_empty_outputs_agree() -> None:
+    nothing = parse(
+        """g (float[N, 3] x) => (int64[2, M] y, float[N, K] z) <int64[1] from = {0}, int64[1] axis = {1}>
+        { y = NonZero(x) z = Slice(x, from, from, axis) }"""
+    )
+    result = evaluate(nothing, {"x": np.zeros((2, 3))}, nothing)
+    assert result.agreement == module.Agreement(None, 1.0, None)
+    assert "top-1 is not defined for output 'y' int64[2, 0] and no labels" in result.notes[0]
 
 
 def test_outputs_are_weighed_by_their_samples() -> None:

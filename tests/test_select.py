@@ -16,8 +16,8 @@ DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 # spans, samples that guess badly, bags that overflow, brackets that are halved, and threads.
 SIZES = {
     "usual": {},
-    "small": {"CHUNK": 64, "SPAN": 256, "SAMPLE": 50, "ROOM": 256, "WHOLE": 40, "THREADED": 500},
-    "halving": {"CHUNK": 64, "SPAN": 301, "SAMPLE": 7, "ROOM": 16, "WHOLE": 0, "THREADED": 0, "GUESSES": 1},
+    "small": {"CHUNK": 256, "SPAN": 256, "SAMPLE": 50, "ROOM": 512, "WHOLE": 40, "THREADED": 500},
+    "halving": {"CHUNK": 256, "SPAN": 301, "SAMPLE": 7, "ROOM": 64, "WHOLE": 0, "THREADED": 0, "GUESSES": 1},
 }
 
 
@@ -252,7 +252,7 @@ def test_a_memory_map_is_only_read(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, np.int8])
-@pytest.mark.parametrize("chunk", [16, 1 << 17])
+@pytest.mark.parametrize("chunk", [64, 1 << 20])
 def test_zero(dtype, chunk, monkeypatch):
     monkeypatch.setattr(select, "CHUNK", chunk)
     rng = np.random.default_rng(0)

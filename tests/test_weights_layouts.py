@@ -97,7 +97,7 @@ MOVES = [
     matmul(
         "Slice backwards from before the start",
         "U = Slice(W, b, e, a, s) V = Concat<axis=1>(U, W)",
-        "0100 1010 1011",
+        "0001 1010 1011",
         pi(3, 4),
         b=ints(-9),
         e=ints(-(2**62)),
@@ -123,11 +123,11 @@ MOVES = [
     matmul(
         "Split equal without a count", "U, V = Split<axis=0>(W)", "1111 1111 1111 0100 1011 0101", pi(6, 4), opset=13
     ),
-    matmul("Gather rows", "V = Gather(W, i)", "0011 1010 1011 0000 1011", pi(5, 4), i=ints(4, 0, -2)),
+    matmul("Gather rows", "V = Gather(W, i)", "0011 1111 1111 0100 1011", pi(5, 4), i=ints(4, 0, -2)),
     matmul(
-        "Gather columns", "V = Gather<axis=1>(W, i)", "01101 01010 11010", pi(3, 5), i=np.array([3, 1, 0, 4], np.int32)
+        "Gather columns", "V = Gather<axis=1>(W, i)", "01101 01110 11100", pi(3, 5), i=np.array([3, 1, 0, 4], np.int32)
     ),
-    matmul("Gather one", "V = Gather(W, i)", "011110101011 000010100101", pi(2, 3, 4), i=I64(1).reshape(())),
+    matmul("Gather one", "V = Gather(W, i)", "111111111111 010010110101", pi(2, 3, 4), i=I64(1).reshape(())),
     matmul("Gather repeated", "V = Gather<axis=1>(W, i)", "010 110 101", pi(3, 3), i=ints(2, 0, 2, 1)),
     matmul("Expand", "V = Expand(W, s)", "011", pi(3, 1), s=ints(3, 4)),
     matmul("Expand rank", "U = Expand(W, s) V = Squeeze(U)", "0011", pi(4), s=ints(1, 3, 1)),
@@ -399,7 +399,7 @@ PARTS = [
             W=pi(6, 3, dtype=np.float64) * (1 - np.arange(18).reshape(6, 3) * 1e-13),
             s=ints(1, 2, 3),
         ),
-        {"W": "001 110 101 011 010 010"},
+        {"W": "011 110 101 011 000 010"},
         {"W": [Operand(v) for v in "QKV"]},
         {"W": "Gemm"},
     ),
@@ -465,7 +465,7 @@ PARTS = [
             s=np.array([1, 0.1, 5], F32),
             n=ints(1, 2),
         ),
-        {"W": "011 010 101"},
+        {"W": "001 101 101"},
         {"W": [Operand(v, columns) for v in "ABCD"]},
         {"W": "MatMul"},
     ),

@@ -272,7 +272,7 @@ QUANTISED = [
     op(
         "QLinearConv com.microsoft",
         LINEAR.replace("QLinearConv", "com.microsoft.QLinearConv"),
-        "?",
+        "0011 1010 1011 0100",
         pi(4, 2, 2, dtype=np.int8),
         real=shifted(0, 0.5),
         **ONE,

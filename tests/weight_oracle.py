@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-from nets import Net, Operand, changed, keeps, operands, run
+from nets import Net, Operand, changed, keeps, run, seen
 from onnx import numpy_helper
 
 import onnxprune
@@ -58,7 +58,7 @@ def check_stored(net: Net, name: str, pruned: onnx.ModelProto, mask: np.ndarray)
 
 def check_seen(net: Net, operand: Operand, pruned: onnx.ModelProto, mask: np.ndarray, source: np.ndarray) -> None:
     """The operator sees exactly 0.0 where an entry was pruned, and elsewhere what it saw before."""
-    (dense,), (now,) = operands(net.model, [operand.value]), operands(pruned, [operand.value])
+    dense, now = seen(net.model, operand), seen(pruned, operand)
     gone = (source >= 0) & ~mask.reshape(-1)[source]
     others = reached_by_none(net, source, dense, now)
     assert gone.any()
@@ -78,7 +78,7 @@ def reached(net: Net, name: str, operand: Operand) -> np.ndarray:
     """
     array = numpy_helper.to_array(net.tensor(name, net.model))
     numbers = np.arange(1, array.size + 1).reshape(array.shape)
-    (dense,) = operands(net.model, [operand.value])
+    dense = seen(net.model, operand)
     source = np.zeros(dense.shape, np.int64)
     for bit in range(array.size.bit_length()):
         other = array.copy()
@@ -87,8 +87,7 @@ def reached(net: Net, name: str, operand: Operand) -> np.ndarray:
             other[flip] = -array[flip]
         else:
             other[flip] = (array[flip].astype(np.int64) ^ 1).astype(array.dtype)
-        (seen,) = operands(changed(net.model, net, name, other), [operand.value])
-        source |= (seen != dense).astype(np.int64) << bit
+        source |= (seen(changed(net.model, net, name, other), operand) != dense).astype(np.int64) << bit
     return source - 1
 
 
@@ -96,7 +95,7 @@ def expected_mask(net: Net, name: str, sources: list[np.ndarray]) -> tuple[int, 
     """How many entries reach an operand, and the mask: the half of smallest magnitude goes, ties by role order."""
     rank: dict[int, tuple[float, int]] = {}
     for operand, source in zip(net.seen[name], sources, strict=True):
-        (dense,) = operands(net.model, [operand.value])
+        dense = seen(net.model, operand)
         values = operand.role(operand.real(dense)).reshape(-1)
         for entry, value in zip(operand.role(source).reshape(-1).tolist(), values.tolist(), strict=True):
             if entry >= 0:

@@ -26,10 +26,10 @@ import numpy as np
 
 from onnxprune.errors import PruneError
 
-CHUNK = 1 << 17  # elements worked on at a time: their keys and comparisons stay in cache
+CHUNK = 1 << 20  # bytes of keys worked on at a time: with what is compared, they stay in cache
 SPAN = 1 << 20  # elements given to a thread at a time
 SAMPLE = 1 << 16  # keys sampled for the first bracket, at most
-ROOM = 5 << 19  # bytes gathered per thread and pass, at most
+ROOM = 3 << 19  # bytes gathered per thread and pass, at most
 WHOLE = 1 << 13  # up to so many elements are gathered without sampling
 THREADED = 1 << 22  # fewer elements are not worth starting threads for
 MAX_THREADS = 8  # by default: a few cores saturate memory
@@ -108,7 +108,8 @@ def zero(values: Array, removed: Array, out: Array) -> None:
     bits = np.dtype(f"u{values.dtype.itemsize}")
     operands = values.view(bits), removed, out.view(bits)
     modes: Any = [["readonly"], ["readonly"], ["writeonly"]]
-    with np.nditer(operands, ["buffered", "external_loop", "zerosize_ok"], modes, buffersize=CHUNK) as chunks:
+    length = CHUNK // bits.itemsize
+    with np.nditer(operands, ["buffered", "external_loop", "zerosize_ok"], modes, buffersize=length) as chunks:
         for value, gone, target in chunks:
             np.multiply(value, ~gone, out=target)  # of bits, as integers: times 0 leaves neither a sign nor a NaN
 
@@ -151,14 +152,15 @@ class _Span:
         part = self.part
         key = _KEYS[part.dtype]
         all_bits = key.type(np.iinfo(key).max)
-        arrays, modes = [part.score, part.result], [["readonly"], ["readwrite"]]
-        dtypes = [part.dtype, np.dtype(np.bool_)]
-        if part.held is not None:
-            arrays, modes, dtypes = [*arrays, part.held], [*modes, ["readonly"]], [*dtypes, np.dtype(np.bool_)]
-        options: Any = ["buffered", "external_loop", "ranged"], modes, dtypes, "C", "safe"
-        buffer = np.empty(min(CHUNK, self.stop - self.start), key)
+        boolean = np.dtype(np.bool_)
+        flags: Any = ["buffered", "external_loop", "ranged"]
+        modes: Any = [["readonly"], ["readwrite"], ["readonly"]]
+        arrays = [part.score, part.result] if part.held is None else [part.score, part.result, part.held]
+        dtypes, modes = [part.dtype, boolean, boolean][: len(arrays)], modes[: len(arrays)]
+        length = min(CHUNK // key.itemsize, self.stop - self.start)
+        buffer = np.empty(length, key)
         place = part.first + self.start
-        with np.nditer(arrays, *options, buffersize=CHUNK) as chunks:
+        with np.nditer(arrays, flags, modes, dtypes, "C", "safe", buffersize=length) as chunks:
             chunks.iterrange = (self.start, self.stop)  # type: ignore[misc]  # numpy's stubs have it read-only
             for score, result, *held in chunks:
                 keys = np.bitwise_and(score.view(key), all_bits >> 1, out=buffer[: score.size])
@@ -172,9 +174,10 @@ class _Span:
 class _Bag:
     """Keys and places gathered by all threads in one pass: each or, where there is no room, every `step`-th."""
 
-    def __init__(self, room: int, key: np.dtype[Any]) -> None:
-        self.keys = np.empty(room // (key.itemsize + 8), key)
-        self.places = np.empty(self.keys.size, np.int64)
+    def __init__(self, room: int, key: np.dtype[Any], total: int) -> None:
+        place = np.dtype(np.uint32 if total < 2**32 else np.int64)
+        self.keys = np.empty(room // (key.itemsize + place.itemsize), key)
+        self.places = np.empty(self.keys.size, place)
         self.size = 0
         self.step = 1
         self.lock = threading.Lock()
@@ -220,8 +223,9 @@ def _parts(scores: Sequence[Array], held: Sequence[Array | None], results: Seque
     first = 0
     for index, (score, mask, result) in enumerate(zip(scores, held, results, strict=True)):
         axes = tuple(np.argsort([-abs(stride) for stride in score.strides], kind="stable").tolist())
-        ordered = [None if a is None else np.atleast_1d(a.transpose(axes)) for a in (score, mask, result)]
-        parts.append(_Part(index, first, axes, *ordered, dtype))
+        score, result = np.atleast_1d(score.transpose(axes), result.transpose(axes))
+        mask = None if mask is None else np.atleast_1d(mask.transpose(axes))
+        parts.append(_Part(index, first, axes, score, mask, result, dtype))
         first += score.size
     return parts
 
@@ -241,7 +245,7 @@ def _select(parts: list[_Part], need: int, run: Run, room: int) -> None:
         else:
             left, right = low, (low + high) // 2
         guesses += 1
-        bag = _Bag(room, key)
+        bag = _Bag(room, key, parts[-1].first + parts[-1].score.size)
         tallies = run(partial(_tally, left=left, right=right, infinity=infinity, bag=bag), spans)
         below_left, below_right, finite = map(sum, zip(*tallies, strict=True))
         if finite < need:
@@ -292,7 +296,7 @@ def _bracket(sample: Array, share: float, low: int, high: int) -> tuple[int, int
     if sample.size == 0:
         return low, high
     middle = min(share, 1.0) * sample.size
-    slack = 3 * math.sqrt(middle * (1 - min(share, 1.0))) + 8  # three standard deviations of a quantile
+    slack = 2.5 * math.sqrt(middle * (1 - min(share, 1.0))) + 8  # 2.5 standard deviations of a quantile
     first, last = int(middle - slack), math.ceil(middle + slack)
     places = np.clip([first, int(middle), last], 0, sample.size - 1)
     sample.partition(places)
@@ -347,11 +351,13 @@ def _mark_gathered(parts: list[_Part], bag: _Bag, quota: int) -> None:
     """Mark the `quota` lowest of the keys in the bag, which holds all that are not marked yet and might have to be."""
     keys, places = bag.keys[: bag.size], bag.places[: bag.size]
     key = np.partition(keys, quota - 1)[quota - 1]
-    below, ties = np.sort(places[keys < key], kind="stable"), np.sort(places[keys == key], kind="stable")
+    below, ties = places[keys < key], places[keys == key]
+    below.sort(kind="stable")
+    ties.sort(kind="stable")
     quota -= below.size
     for part in parts:
         ends = [part.first, part.first + part.score.size]
-        chosen, tied = (x[slice(*np.searchsorted(x, ends))] - part.first for x in (below, ties))
+        chosen, tied = (all_[slice(*np.searchsorted(all_, ends))] - part.first for all_ in (below, ties))
         if quota < tied.size:
             tied = tied[np.argsort(part.logical(tied), kind="stable")[:quota]]
         np.put(part.result, chosen, True)
@@ -365,7 +371,8 @@ def _mark_crowd(parts: list[_Part], spans: list[_Span], key: int, quota: int, ru
     for span, count in zip(spans, run(partial(_mark_equal, key=key), spans), strict=True):
         found[span.part.index] += count
     for part, count in zip(parts, found, strict=True):
-        _keep_first(part.result.transpose(np.argsort(part.axes)) if part.axes else part.result, min(quota, count), count)
+        order = np.argsort(part.axes) if part.axes else (0,)
+        _keep_first(part.result.transpose(order), min(quota, count), count)
         quota -= min(quota, count)
     for _ in run(partial(_add_below, key=key), spans):
         pass

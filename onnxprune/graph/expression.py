@@ -116,7 +116,7 @@ def _identity(x: Array) -> Array:
 
 
 def _transpose(x: Array, *, perm: Sequence[int] | None = None) -> Array:
-    return x.transpose(perm)
+    return np.transpose(x, perm)
 
 
 def _reshape(x: Array, shape: Array | None = None, *, allowzero: int = 0, **attributes: Any) -> Array:
@@ -149,20 +149,20 @@ def _slice(
     steps: Array | None = None,
     **attributes: Any,
 ) -> Array:
-    starts = attributes["starts"] if starts is None else starts
-    ends = attributes["ends"] if ends is None else ends
-    axes = attributes.get("axes", range(len(starts))) if axes is None else axes
-    steps = [1] * len(starts) if steps is None else steps
+    begin = [int(i) for i in (attributes["starts"] if starts is None else starts)]
+    stop = [int(i) for i in (attributes["ends"] if ends is None else ends)]
+    along = [int(a) for a in (attributes.get("axes", range(len(begin))) if axes is None else axes)]
+    stride = [1] * len(begin) if steps is None else [int(s) for s in steps]
     where = [slice(None)] * x.ndim
-    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        start, end, step, size = int(start), int(end), int(step), x.shape[int(axis)]
+    for start, end, axis, step in zip(begin, stop, along, stride, strict=True):
+        size = x.shape[axis]
         start = start + size if start < 0 else start
         end = end + size if end < 0 else end
         if step > 0:
-            where[int(axis)] = slice(min(max(start, 0), size), min(max(end, 0), size), step)
+            where[axis] = slice(min(max(start, 0), size), min(max(end, 0), size), step)
         else:
             end = min(max(end, -1), size - 1)
-            where[int(axis)] = slice(min(max(start, 0), size - 1), None if end < 0 else end, step)
+            where[axis] = slice(min(max(start, 0), size - 1), None if end < 0 else end, step)
     return x[tuple(where)]
 
 

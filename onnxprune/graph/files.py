@@ -47,18 +47,24 @@ def writing(target: Path | None) -> Iterator[None]:
 
 def put(staged: Path, target: Path, like: Path | None = None) -> None:
     """Rename a complete file over its target, with the permissions of an existing file (the target, unless given)."""
+    sync(staged)
     like = target if like is None else like
     if like.exists():
         shutil.copymode(like, staged)
-    sync(staged)
     os.replace(staged, target)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's entries, are on disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows has no handle for that, and needs none
-    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    """Wait until a file's content, or a folder's entries, are on disk."""
+    if path.is_dir():
+        with contextlib.suppress(OSError):  # Windows and some network file systems cannot, and need not
+            _sync(path, os.O_RDONLY)
+    else:
+        _sync(path, os.O_RDWR)
+
+
+def _sync(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
     try:
         os.fsync(handle)
     finally:

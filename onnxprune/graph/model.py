@@ -254,6 +254,7 @@ def load(source: ModelSource) -> Model:
         return _open(proto, None, None)
     if isinstance(source, ir.Model):
         folders = {os.fspath(t.base_dir) for t in _ir_external(source)}
+        folders = folders - {""} or folders  # onnx-ir forgets the folder of tensors in functions
         if len(folders) > 1:
             raise PruneError(
                 f"the model keeps external data in several folders ({sorted(folders)}); save it to one file first"

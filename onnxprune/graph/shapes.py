@@ -1,7 +1,7 @@
 """Shapes of all values of a model for concrete inputs, by ONNX's own shape inference.
 
-That follows the values of shapes through a few operators only. Where it stops, the small constants behind the shapes are
-computed with ONNX's reference implementation, and it starts again.
+That follows the values of shapes through a few operators only. Where it stops, the small constants behind the shapes
+are computed with ONNX's reference implementation, and it starts again.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Union
 
 import numpy as np
 import onnx
@@ -19,7 +18,7 @@ from onnx.external_data_helper import load_external_data_for_tensor
 from onnxprune.graph.model import Model, graphs, tensors
 from onnxprune.graph.trace import NONDETERMINISTIC
 
-Shape = tuple[Union[int, None], ...]
+Shape = tuple[int | None, ...]
 """Sizes; None where one is not known."""
 
 SMALL = 1024
@@ -29,6 +28,7 @@ STANDARD = {"FusedConv": "Conv", "FusedGemm": "Gemm"}
 """Contrib operators that shape inference knows under another name."""
 
 ROUNDS = 100
+DONE = " (computed)"
 
 
 def infer(model: Model, inputs: Mapping[str, Sequence[int]]) -> onnx.ModelProto:
@@ -57,7 +57,8 @@ def infer(model: Model, inputs: Mapping[str, Sequence[int]]) -> onnx.ModelProto:
     for value in proto.graph.input:
         if value.name in inputs and value.type.HasField("tensor_type"):
             _forget([value])
-            value.type.tensor_type.shape.dim.extend(onnx.TensorShapeProto.Dimension(dim_value=d) for d in inputs[value.name])
+            dims = [onnx.TensorShapeProto.Dimension(dim_value=size) for size in inputs[value.name]]
+            value.type.tensor_type.shape.dim.extend(dims)
     if proto.functions:
         from onnx import inliner
 
@@ -98,7 +99,7 @@ def _empty(tensor: TensorProto, model: Model) -> None:
             tensor.data_location = TensorProto.DEFAULT
         return
     for name in ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data", "raw_data"):
-        tensor.ClearField(name)  # type: ignore[arg-type]
+        tensor.ClearField(name)
     if not external:
         tensor.data_location = TensorProto.EXTERNAL
         tensor.external_data.add(key="location", value="emptied")
@@ -132,7 +133,11 @@ def _fold(
                 progress |= _fold(sub, shapes, constants, opsets)
         if not all(_is_small(shapes.get(name)) for name in node.output if name) or node.domain not in ("", "ai.onnx"):
             continue
-        if node.op_type == "Shape":
+        if all(name.endswith(DONE) for name in node.output):
+            continue
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            constants[node.output[0]] = node.attribute[0].t
+        elif node.op_type == "Shape":
             sizes = shapes.get(node.input[0])
             if sizes is not None and None not in sizes:
                 bounds = {a.name: a.i for a in node.attribute}
@@ -147,7 +152,7 @@ def _fold(
     for node in graph.node:
         for index, name in enumerate(node.output):
             if name in names:
-                node.output[index] = f"{name} (computed)"
+                node.output[index] = name + DONE
     graph.initializer.extend(results)
     return progress or bool(results)
 
@@ -168,7 +173,8 @@ def _compute(
     graph = onnx.helper.make_graph(nodes, "constants", [], outputs, given)
     try:
         values = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opsets)).run(None, {})
-        return [numpy_helper.from_array(np.asarray(value), name) for name, value in zip(sorted(names), values, strict=True)]
+        pairs = zip(sorted(names), values, strict=True)
+        return [numpy_helper.from_array(np.asarray(value), name) for name, value in pairs]
     except Exception:  # an operator it lacks: these shapes stay unknown
         return []
 

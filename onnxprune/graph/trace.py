@@ -159,8 +159,8 @@ class Tracer:
         if op in ex.MOVES:
             return self._move(node, scope, attributes)
         if op == "Split":
-            sizes = self._side(node, 1, scope)
-            sizes = attributes.get("split") if sizes is None else [int(s) for s in sizes]
+            given = self._side(node, 1, scope)
+            sizes = attributes.get("split") if given is None else [int(s) for s in given]
             apply = partial(
                 ex.split, sizes=sizes, count=len(node.outputs), axis=int(attributes.get("axis", 0)), index=int(value.index() or 0)
             )
@@ -264,7 +264,7 @@ class Tracer:
         self, node: ir.Node, scope: Scope, role: Role, operand: ex.Expression, shape: tuple[int, ...], attributes: dict[str, Any]
     ) -> ex.Expression:
         """The operand of an operator that dequantises it itself."""
-        parameters = []
+        parameters: list[np.ndarray | None] = []
         for index in (role.scale, role.zero_point):
             if index is None or index < 0 or index >= len(node.inputs) or node.inputs[index] is None:
                 parameters.append(None)
@@ -273,8 +273,8 @@ class Tracer:
             else:
                 parameters.append(role.spread(self.constant(node.inputs[index], scope), shape, attributes))
         scale, zero = parameters
-        scale = np.float32(1).reshape(()) if scale is None else scale
-        return ex.Scale(lambda x: ex.dequantize(x, scale, zero), operand, _shift_or_none(zero))
+        factor = np.ones((), np.float32) if scale is None else scale
+        return ex.Scale(lambda x: ex.dequantize(x, factor, zero), operand, _shift_or_none(zero))
 
     # ------------------------------------------------------------ looking around
 
@@ -285,14 +285,12 @@ class Tracer:
         except Untraceable:
             return self.constant(value, scope).shape
 
-    def origin(self, value: ir.Value | None, scope: Scope) -> str:
-        """Name of the largest stored tensor that a constant is computed from; the constant's own where there is none."""
-        sources = self._sources(value, scope).values()
-        named = max(sources, key=lambda v: v.const_value.size if v.const_value is not None else 0, default=value)
-        return "" if named is None else str(named.name)
+    def origin(self, value: ir.Value, scope: Scope) -> ir.Value:
+        """The largest stored tensor that a value is computed from; the value itself where there is none."""
+        return max(self._sources(value, scope).values(), key=_stored_size, default=value)
 
-    def behind(self, value: ir.Value | None, scope: Scope) -> tuple[str, str] | None:
-        """The stored matrix that moves and casts make a changing value of, and the operator; None for an activation.
+    def behind(self, value: ir.Value | None, scope: Scope) -> str:
+        """The operator that makes a changing value of a stored matrix by moving or casting it; empty for an activation.
 
         Something beside the data then arrives at run time: the shape, a scale.
         """
@@ -302,11 +300,11 @@ class Tracer:
             node = value.producer()
             if node is None or self.is_constant(value, scope):
                 stored = op and self.is_constant(value, scope) and len(self.constant_shape(value, scope)) > 1
-                return (self.origin(value, scope), op) if stored else None
+                return op if stored else ""
             if node.op_type not in RESHAPING or not node.inputs:
-                return None
+                return ""
             op, value = node.op_type, node.inputs[0]
-        return None
+        return ""
 
     def _side(self, node: ir.Node, index: int, scope: Scope) -> np.ndarray | None:
         if index >= len(node.inputs) or node.inputs[index] is None:
@@ -336,7 +334,7 @@ class Tracer:
         proto = ir.to_proto(node)
         for attribute in [a for a in proto.attribute if a.ref_attr_name]:
             proto.attribute.remove(attribute)
-        given = {v.name: self.constant(v, scope) for v in node.inputs if v is not None}
+        given = {str(v.name): self.constant(v, scope) for v in node.inputs if v is not None}
         for name, attribute in node.attributes.items():
             if attribute.is_ref() and (resolved := scope.attribute(attribute)) is not None:
                 proto.attribute.append(onnx.helper.make_attribute(name, resolved))
@@ -345,7 +343,8 @@ class Tracer:
         graph = onnx.helper.make_graph([proto], "constant", inputs, outputs)
         versions = dict((scope.function or self.model.graph).opset_imports) or dict(self.model.graph.opset_imports)
         opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in versions.items()]
-        return list(ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opsets)).run(None, given))
+        evaluator = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opsets))
+        return [np.asarray(output) for output in evaluator.run(None, given)]
 
     def _walk(self, graph: ir.Graph | ir.Function, scope: Scope) -> Iterator[tuple[ir.Node, Scope]]:
         for node in graph:
@@ -409,6 +408,13 @@ def _constant_inputs(value: ir.Value) -> bool | list[ir.Value]:
 
 def _is_float(dtype: Any) -> bool:
     return bool(np.issubdtype(dtype, np.floating)) or dtype in (ml_dtypes.bfloat16, np.dtype(ml_dtypes.bfloat16))
+
+
+def _stored_size(value: ir.Value) -> int:
+    """Number of entries of an initializer or of a Constant node's tensor; 0 of anything else."""
+    node = value.producer()
+    held = value.const_value if node is None else node.attributes["value"].value if "value" in node.attributes else None
+    return held.size if isinstance(held, ir.TensorProtocol) else 0
 
 
 def _layout(expression: ex.Expression) -> np.ndarray:

@@ -7,7 +7,7 @@ weight however many operators read it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Protocol
@@ -87,12 +87,12 @@ class Weight:
         for use, values in zip(reversed(self.uses), reversed(computed), strict=True):  # what the first use sees counts
             seen = use.view(ex.push(use.expression, self._indices)).reshape(-1)
             flat[seen[seen >= 0]] = values.reshape(-1)[seen >= 0]
-        return flat[self._places]
+        return np.take(flat, self._places)
 
     def role(self, stored: np.ndarray) -> np.ndarray:
         """An array of the stored shape in role order."""
         if self._places is not None:
-            return np.ascontiguousarray(stored).reshape(-1)[self._places]
+            return np.take(np.ascontiguousarray(stored), self._places)
         use = self.uses[0]
         return use.view(ex.push(use.expression, lambda leaf: stored))
 
@@ -163,9 +163,9 @@ class Weight:
                 parts.append(part)
             elif fresh.any():  # partly the same elements: what is new joins as a row of its own
                 parts.append(_first_seen(part[fresh])[None, :])
-        if all(p.ndim == parts[0].ndim and p.shape[1:] == parts[0].shape[1:] for p in parts):
-            return np.concatenate(parts)
-        return np.concatenate([p.reshape(-1) for p in parts])[None, :]
+        alike = all(p.ndim == parts[0].ndim and p.shape[1:] == parts[0].shape[1:] for p in parts)
+        joined: np.ndarray = np.concatenate(parts if alike else [p.reshape(-1) for p in parts])
+        return joined if alike else joined[None, :]
 
     def _read(self, leaf: ex.Leaf) -> np.ndarray:
         if leaf.tensor is self.leaf.tensor:
@@ -176,6 +176,35 @@ class Weight:
         if leaf.tensor is self.leaf.tensor:
             return np.arange(int(np.prod(self.shape, dtype=np.int64))).reshape(self.shape)
         return np.broadcast_to(np.int64(-1), leaf.shape)
+
+
+def parameter(
+    name: str,
+    op_types: Sequence[str],
+    storage: Storage,
+    shape: Sequence[int],
+    dtype: np.dtype,
+    view: Callable[[np.ndarray], np.ndarray],
+    names: Iterable[str] = (),
+) -> Weight:
+    """A weight that is kept elsewhere than in a graph: a framework's parameter.
+
+    Args:
+        name: unique name.
+        op_types: operators it feeds, ONNX's names and the framework's, the one that gives the role first.
+        storage: where its values are.
+        shape: as stored.
+        dtype: as stored.
+        view: the stored array in role order (output, input, *kernel).
+        names: further names an `op_names` pattern may match.
+    """
+    tensor = ir.LazyTensor(
+        lambda: ir.Tensor(storage.read()), dtype=ir.DataType.from_numpy(dtype), shape=ir.Shape(shape), name=name
+    )
+    leaf = ex.Leaf(ir.Value(name=name, const_value=tensor), tensor)
+    use = Use(name, op_types[0], 0, leaf, view)
+    known = frozenset({name, name.rpartition(".")[0], *names}) - {""}
+    return Weight(name, tuple(op_types), known, tuple(shape), dtype, storage, (use,), leaf)
 
 
 @dataclass(frozen=True)
@@ -210,15 +239,24 @@ def find(model: Model) -> tuple[list[Weight], list[Skipped]]:
     """The weights of a model in graph order, and those that are left alone with the reason."""
     tracer = Tracer(model.graph)
     found: dict[int, _Found] = {}
-    skipped: dict[str, Skipped] = {}
+    skipped: dict[int, Skipped] = {}
+    said: set[str] = set()
+
+    def skip(value: ir.Value, where: str, op_type: str, reason: str) -> None:
+        if id(value) not in skipped:
+            name = _unique(str(value.name), where, said)
+            said.add(name)
+            skipped[id(value)] = Skipped(name, op_type, reason)
+
     for node, scope in tracer.nodes():
         for index, use_of in _operands(tracer, node, scope):
+            value = node.inputs[index]
+            assert value is not None
             try:
                 use = use_of()
             except Untraceable as error:
                 if node.op_type != "Gather":  # most constants that are looked up are no embeddings
-                    name = tracer.origin(node.inputs[index], scope)
-                    skipped.setdefault(name, Skipped(name, node.op_type, str(error)))
+                    skip(tracer.origin(value, scope), scope.path, node.op_type, str(error))
                 continue
             for leaf in ex.leaves(use.expression):
                 entry = found.setdefault(id(leaf.tensor), _Found(leaf, where=scope.path))
@@ -226,23 +264,23 @@ def find(model: Model) -> tuple[list[Weight], list[Skipped]]:
     weights: list[Weight] = []
     taken: set[str] = set()
     for entry in found.values():
-        name = _unique(str(entry.leaf.value.name), entry.where, taken)
         uses = _roles_first(entry.uses, tracer)
         reason = _unsupported(entry.leaf)
         if reason:
             if uses[0].op_type != "Gather":
-                skipped.setdefault(name, Skipped(name, uses[0].op_type, reason))
+                skip(entry.leaf.value, entry.where, uses[0].op_type, reason)
             continue
-        taken.add(name)
+        name = _unique(str(entry.leaf.value.name), entry.where, taken)
         types = tuple(dict.fromkeys("Embedding" if use.op_type == "Gather" else use.op_type for use in uses))
         names = frozenset({name, name.rpartition(".")[0], *(use.node for use in uses)}) - {""}
         tensor = entry.leaf.tensor
         storage = TensorStorage(model, tensor)
         weight = Weight(name, types, names, entry.leaf.shape, np.dtype(tensor.dtype.numpy()), storage, tuple(uses), entry.leaf)
         if weight.zero_everywhere():
+            taken.add(name)
             weights.append(weight)
         else:
-            skipped.setdefault(name, Skipped(name, weight.op_type, "it is read with different zero points: no stored value is 0.0 to all of them"))
+            skip(entry.leaf.value, entry.where, weight.op_type, "it is read with different zero points: no stored value is 0.0 to all of them")
     return weights, list(skipped.values())
 
 
@@ -266,9 +304,9 @@ def _operands(tracer: Tracer, node: ir.Node, scope: Scope) -> Iterator[tuple[int
             yield role.operand, partial(tracer.use, node, scope, role)
     if both or not constant:
         for role in given:
-            behind = None if role in constant else tracer.behind(node.inputs[role.operand], scope)
-            if behind is not None:
-                yield role.operand, partial(_refuse, f"the {behind[1]} after it takes a shape, a scale or a zero point that is known at run time only")
+            behind = "" if role in constant else tracer.behind(node.inputs[role.operand], scope)
+            if behind:
+                yield role.operand, partial(_refuse, f"the {behind} after it takes a shape, a scale or a zero point known at run time only")
 
 
 def _given(node: ir.Node, index: int) -> bool:

@@ -185,6 +185,6 @@ def _ms(value: float) -> str:
 
 
 def _versions() -> dict[str, str]:
-    import onnxruntime as ort  # type: ignore[import-untyped]
+    import onnxruntime as ort
 
     return {"onnxruntime": ort.__version__, "numpy": np.__version__, "python": platform.python_version()}

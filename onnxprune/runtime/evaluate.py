@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -94,9 +95,7 @@ def evaluate(
             baseline computes NaN. A NaN of `model` counts as a wrong prediction and is noted.
     """
     session = model if isinstance(model, Session) else open_session(model, threads=threads)
-    dense = None
-    if baseline is not None:
-        dense = baseline if isinstance(baseline, Session) else open_session(baseline, threads=threads)
+    dense = baseline if baseline is None or isinstance(baseline, Session) else open_baseline(baseline, threads)
     dataset = load_data(data, session.inputs if dense is None else common_inputs(session, dense))
     name, function = _resolve(metric, dataset.labelled)
     if name is None and dense is None:
@@ -121,7 +120,7 @@ def evaluate(
             with_nan |= _nan_outputs(session, outputs)
             if dense is not None and reference is not None:
                 for broken in sorted(_nan_outputs(dense, reference)):
-                    raise PruneError(f"the baseline {dense.label} computes NaN in output '{broken}' on these data")
+                    raise PruneError(f"{dense.label} computes NaN in output '{broken}' on these data")
                 likeness.update(outputs, reference, batch.samples)
             if function is not None:
                 kept.append((outputs, reference, batch.labels))
@@ -156,6 +155,12 @@ def evaluate(
     if dense is not None:
         agreement = Agreement(None if top1 is None else top1.equal / top1.total, likeness.cosine, likeness.largest)
     return Evaluation(dataset.samples, name, score, baseline_score, agreement, tuple(notes))
+
+
+def open_baseline(baseline: ModelSource, threads: int | None) -> Session:
+    """A session that messages call the baseline."""
+    name = f" '{os.fspath(baseline)}'" if isinstance(baseline, (str, os.PathLike)) else ""
+    return open_session(baseline, threads=threads, label=f"the baseline{name}")
 
 
 def common_inputs(session: Session, baseline: Session) -> tuple[ModelInput, ...]:

@@ -83,7 +83,7 @@ def open_session(
         PruneError: the file is missing or no valid model, a ModelProto keeps data in external files, or
             onnxruntime has no kernel for it.
     """
-    import onnxruntime as ort  # type: ignore[import-untyped]
+    import onnxruntime as ort
 
     if threads is not None and threads < 1:
         raise PruneError(f"threads is {threads}; it must be 1 or more")

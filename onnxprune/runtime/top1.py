@@ -80,6 +80,8 @@ class Top1:
         """Predictions (or binary scores, if the last item is true) and the labels in the same shape."""
         if not isinstance(output, np.ndarray):
             raise PruneError(f"output '{self.output}' is a {type(output).__name__}, not a tensor; {_HINT}")
+        if output.size == 0:
+            raise self._refusal(output, labels)
         values, truth = _squeeze(output), None if labels is None else _squeeze(labels)
         if values.ndim == 0:
             values = values[None]

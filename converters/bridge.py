@@ -1,0 +1,104 @@
+"""What every bridge shares: a pruner attached to parameters that live in a framework.
+
+A bridge says which parameters are weights (as `onnxprune.graph.weights.Weight`, so that the core decides about
+them exactly as about those of a file) and holds the masks in its framework. Nothing here decides or knows a
+framework.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from onnxprune.algorithms.pruner import Clock, decide, target
+from onnxprune.api import Pruner, Report, row
+from onnxprune.errors import PruneError
+from onnxprune.graph.masks import Masks
+from onnxprune.graph.weights import Skipped, Weight
+
+
+class Bridge(Pruner):
+    """A pruner that holds its masks in a framework's model from the moment it is called with it."""
+
+    def __init__(self, config_list: Any, **options: Any) -> None:
+        super().__init__(config_list, **options)
+        self.clock = Clock(0, 0)
+        self.weights: tuple[Weight, ...] = ()
+        self.skipped: tuple[Skipped, ...] = ()
+        self._untouched: tuple[Skipped, ...] = ()
+        self._kept: dict[str, np.ndarray] = {}
+        self._targets: list[float | None] | None = None
+
+    def update_epoch(self, epoch: int) -> None:
+        """Move schedules that count epochs to `epoch`: prune what is due; what was pruned stays pruned."""
+        super().update_epoch(epoch)
+        self._due()
+
+    def step(self, steps: int = 1) -> None:
+        """Move schedules that count optimizer steps on; costs nothing between two updates."""
+        super().step(steps)
+        self._due()
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over the weights that the configuration governs."""
+        return self.report.sparsity
+
+    @property
+    def report(self) -> Report:
+        """One row per weight that is governed, and the ones skipped, with reasons."""
+        rows = tuple(row(w, self._kept[w.name]) for w in self.weights if w.name in self._kept)
+        return Report(rows, self.skipped)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`; where a model is attached, its masks are held from now on."""
+        super().load_state_dict(state)
+        if self.weights:
+            self._check_masks()
+            self._kept = {name: self.masks[name] for name in self.masks}
+            self._targets = self._targets_now()
+            self._hold(self._kept)
+
+    def _attach(self, weights: Sequence[Weight], skipped: Sequence[Skipped] = ()) -> None:
+        """Take charge of a model's weights and prune what is due.
+
+        Raises:
+            PruneError: an entry of the configuration matches none of them, or masks were loaded that do not fit.
+        """
+        self.weights, self._untouched = tuple(weights), tuple(skipped)
+        self.config.assign(self.weights)
+        self._check_masks()
+        self._kept = {name: self.masks[name] for name in self.masks}
+        self._targets = None
+        self._due()
+
+    def _due(self) -> None:
+        """Decide anew where the schedule asks for another sparsity than before."""
+        now = self._targets_now()
+        if not self.weights or now == self._targets:
+            return
+        self._kept, misfits = decide(self.config, self.weights, self.clock, self._kept)
+        self.skipped = (*misfits, *self._untouched)
+        self._targets = now
+        self.masks = Masks(self._kept)
+        self._hold(self._kept)
+
+    def _targets_now(self) -> list[float | None]:
+        return [target(entry, self.clock) for entry in self.config.entries if not entry.exclude]
+
+    def _check_masks(self) -> None:
+        shapes = {weight.name: weight.shape for weight in self.weights}
+        for name in self.masks:
+            if shapes.get(name) != self.masks[name].shape:
+                found = f"has the shape {list(shapes[name])}" if name in shapes else "does not exist in the model"
+                raise PruneError(
+                    f"the mask loaded for weight '{name}' has the shape {list(self.masks[name].shape)}, but the weight {found}; "
+                    "load the state_dict that was saved with this model"
+                )
+
+    @abstractmethod
+    def _hold(self, kept: Mapping[str, np.ndarray]) -> None:
+        """Zero what the masks (weight name -> stored shape, True is kept) remove, and keep it zero from now on."""

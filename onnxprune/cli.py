@@ -1,0 +1,396 @@
+"""The command line: prune, inspect, evaluate, benchmark.
+
+Exit status 0 is done, 1 a gate that was not met, 2 bad input or usage. Results go to stdout, as tables or with
+--json as one JSON object; everything else goes to stderr, errors as one paragraph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from onnxprune.errors import PruneError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from onnxprune.api import Result
+    from onnxprune.graph.weights import Skipped
+    from onnxprune.inspection import Inspection
+    from onnxprune.runtime.benchmark import Benchmark
+    from onnxprune.tables import Sizes
+
+GATE_NOT_MET, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
+# typer has no public name for the parent of its usage errors, and where it keeps it differs between versions.
+_USAGE_ERRORS = cast("tuple[type[Exception], ...]", typer.BadParameter.__bases__)
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Prune neural networks where they are deployed: in their ONNX graph.",
+    epilog="Exit status: 0 done, 1 accuracy fell by more than --max-drop, 2 bad input or usage.",
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="An ONNX file.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option("--shape", metavar="NAME=1x3x224x224", help="Size of an input with dynamic dims; may be repeated."),
+]
+Threads = Annotated[int | None, typer.Option(metavar="N", help="Threads of onnxruntime.", show_default=False)]
+Metric = Annotated[
+    str | None,
+    typer.Option(metavar="MODULE:FUNCTION", help="Called with outputs and labels; higher is better."),
+]
+Baseline = Annotated[
+    str | None, typer.Option(metavar="DENSE", help="The dense model, to compare with.", show_default=False)
+]
+_DATA = "An .npz with an array per input and optional 'labels', or module:function."
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        from onnxprune._version import __version__
+
+        print(f"onnxprune {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(BAD_INPUT)
+
+
+@app.command(short_help="Zero what matters least; show what it cost and bought.")
+def prune(
+    model: Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="The file to write.", show_default=False)
+    ],
+    sparsity: Annotated[
+        float | None, typer.Option("--sparsity", metavar="S", help="Share of each weight to zero, from 0 to 1.")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(metavar="FILE", help="YAML, JSON or TOML with a config list, instead of --sparsity.")
+    ] = None,
+    pruner: Annotated[
+        str | None, typer.Option(metavar="level|agp|sensitivity", help="Which algorithm; level unless given.")
+    ] = None,
+    score: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What makes an entry matter; magnitude unless given.")
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(metavar="P", help="unstructured (unless given), N:M such as 2:4, block:RxC.")
+    ] = None,
+    allocation: Annotated[
+        str | None, typer.Option(metavar="uniform|global|erk", help="How much goes from each weight.")
+    ] = None,
+    op_types: Annotated[
+        list[str] | None, typer.Option("--op-types", metavar="TYPE", help="Only these operators; may be repeated.")
+    ] = None,
+    op_names: Annotated[
+        list[str] | None,
+        typer.Option("--op-names", metavar="NAME", help="Only weights of this name or pattern; may be repeated."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Not weights of this name or pattern; may be repeated.")
+    ] = None,
+    epoch: Annotated[
+        int | None, typer.Option(metavar="N", help="Where in its schedule agp is; the end unless given.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(metavar="DATA", help=f"Compare dense and pruned on it. {_DATA}")] = None,
+    metric: Metric = None,
+    max_drop: Annotated[
+        float | None, typer.Option(metavar="X", help="If accuracy falls by more, write nothing and exit with 1.")
+    ] = None,
+    sparse: Annotated[
+        bool, typer.Option("--sparse", help="Store as sparse_initializer what that makes smaller.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Allow OUT to be MODEL itself.")] = False,
+    masks: Annotated[Path | None, typer.Option(metavar="FILE.npz", help="Write the masks too, bit-packed.")] = None,
+    shape: Shapes = None,
+    threads: Threads = None,
+    no_benchmark: Annotated[bool, typer.Option("--no-benchmark", help="Do not measure latency.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Zero the entries of a model's weights that matter least, and show what it cost and what it bought."""
+    chosen = _config(sparsity, config, pattern, op_types, op_names, exclude)
+    if masks is not None:
+        _check_masks(masks, output, model)
+    with _results_only():
+        from onnxprune import api
+        from onnxprune.inspection import inspect
+        from onnxprune.runtime.feeds import parse_shapes
+
+        shapes = parse_shapes(shape or [])
+        dense = inspect(model, shapes)  # before --force may replace it
+        result = api.prune(
+            model, chosen, output, data,
+            pruner=pruner, score=score, pattern=pattern, allocation=allocation, epoch=epoch,
+            max_drop=max_drop, metric=metric, sparse=sparse, force=force, threads=threads,
+        )  # fmt: skip
+        if masks is not None and result.accepted:
+            result.masks.save(masks)
+        latency = None if no_benchmark or result.path is None else _latency(result.path, model, shapes, threads)
+        sizes = _sizes(dense, result)
+    untouched = _untouched(dense, result)
+    if as_json:
+        _print_json(_as_dict(model, result, sizes, latency, untouched))
+    else:
+        from onnxprune import tables
+
+        _show(tables.pruned(result.report, untouched))
+        _show(tables.compared(sizes, result.evaluation, latency))
+        _show(tables.verdict(result.sparsity, latency, result.path))
+    if not result.accepted:
+        _say(_gate(result, max_drop))
+        raise typer.Exit(GATE_NOT_MET)
+
+
+@app.command(short_help="Show weights, zeros and multiply-accumulates.")
+def inspect(model: Model, shape: Shapes = None, as_json: Json = False) -> None:
+    """Show a model's weights in their roles: shapes, zeros, multiply-accumulates, and what cannot be pruned and why."""
+    with _results_only():
+        from onnxprune import inspection
+        from onnxprune.runtime.feeds import parse_shapes
+
+        found = inspection.inspect(model, parse_shapes(shape or []))
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        from onnxprune import tables
+
+        _show(tables.inspected(found))
+
+
+@app.command(short_help="Measure accuracy, or agreement with a baseline.")
+def evaluate(
+    model: Model,
+    data: Annotated[str, typer.Option(metavar="DATA", help=_DATA, show_default=False)],
+    baseline: Baseline = None,
+    metric: Metric = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model on data in onnxruntime: accuracy with labels, agreement with a baseline without."""
+    with _results_only():
+        from onnxprune.runtime import evaluate as evaluation
+
+        found = evaluation.evaluate(model, data, baseline, metric=metric, threads=threads)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        from onnxprune import tables
+
+        _show(tables.evaluated(found))
+
+
+@app.command(short_help="Measure latency, in turns with a baseline's.")
+def benchmark(
+    model: Model,
+    baseline: Baseline = None,
+    shape: Shapes = None,
+    threads: Threads = None,
+    runs: Annotated[
+        int | None, typer.Option(metavar="N", help="Timed runs; as many as fit into 2 s unless given.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model's latency in onnxruntime, in turns with a baseline's."""
+    with _results_only():
+        from onnxprune.runtime import benchmark as benchmarking
+        from onnxprune.runtime.feeds import parse_shapes
+
+        shapes = parse_shapes(shape or [])
+        found = benchmarking.benchmark(model, baseline, shapes=shapes, threads=threads or 1, runs=runs)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        from onnxprune import tables
+
+        _show(tables.benchmarked(found))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: those of the process unless given.
+
+    Returns:
+        The exit status.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names in a file need not fit the terminal's encoding
+    try:
+        status = app(args=arguments, prog_name="onnxprune", standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except _USAGE_ERRORS as error:
+        _say(f"error: {_usage(error)}")
+    except PruneError as error:
+        _trace()
+        _say(f"error: {error}")
+    except (KeyboardInterrupt, typer.Abort):
+        _say("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the interpreter flushes it at exit, which must not fail again)
+        return BROKEN_PIPE
+    except Exception as error:
+        _trace()
+        _say(
+            f"error: unexpected {type(error).__name__}: {error}. This is a fault of onnxprune or of a library it uses; "
+            "set ONNXPRUNE_DEBUG=1 to see where it happens"
+        )
+    return BAD_INPUT
+
+
+# ------------------------------------------------------------------------------------------------- pieces of prune
+
+
+def _config(
+    sparsity: float | None,
+    config: str | None,
+    pattern: str | None,
+    op_types: list[str] | None,
+    op_names: list[str] | None,
+    exclude: list[str] | None,
+) -> Any:
+    """The configuration that the options spell out, or the path of the file that holds it."""
+    if config is not None:
+        given = {"--sparsity": sparsity, "--op-types": op_types, "--op-names": op_names, "--exclude": exclude}
+        if clash := [name for name, value in given.items() if value not in (None, [])]:
+            raise PruneError(f"--config and {', '.join(clash)} are both given; the file says it all, so put it there")
+        return config
+    if sparsity is None and pattern is None:
+        raise PruneError("nothing says how much to prune; give --sparsity S, from 0 to 1, or --config FILE")
+    entry: dict[str, Any] = {} if sparsity is None else {"sparsity": sparsity}
+    if op_types or not op_names:
+        entry["op_types"] = [name for text in op_types for name in text.split(",")] if op_types else "default"
+    if op_names:
+        entry["op_names"] = list(op_names)
+    return [entry, *({"op_names": [name], "exclude": True} for name in exclude or ())]
+
+
+def _check_masks(masks: Path, output: Path, model: str) -> None:
+    """What would make the masks fail to be written is found out before the model is."""
+    if not masks.parent.is_dir() or masks.is_dir():
+        raise PruneError(f"cannot write masks to '{masks}': give the name of a file in an existing folder")
+    if masks.resolve() in (output.resolve(), Path(model).resolve()):
+        raise PruneError(f"--masks '{masks}' is the model itself or the output; choose another name")
+
+
+def _latency(path: Path, model: str, shapes: dict[str, tuple[int, ...]], threads: int | None) -> Benchmark | str:
+    """Latency beside the dense model's, or the reason why there is none: the pruned file stands either way."""
+    from onnxprune.runtime.benchmark import benchmark
+
+    if os.path.samefile(path, model):
+        return "the dense model was replaced, so nothing is left to compare with"
+    try:
+        return benchmark(path, model, shapes=shapes, threads=threads or 1)
+    except PruneError as error:
+        return str(error)
+
+
+def _sizes(dense: Inspection, result: Result) -> Sizes:
+    from onnxprune.inspection import stored_bytes
+    from onnxprune.tables import Sizes
+
+    rows = result.report.rows
+    nonzero = dense.nonzero - sum(row.zeros - row.zeros_before for row in rows)
+    after = None if result.path is None else stored_bytes(result.path)
+    return Sizes(dense.parameters, dense.nonzero, nonzero, dense.file_bytes or 0, after)
+
+
+def _untouched(dense: Inspection, result: Result) -> list[Skipped]:
+    """Weights that no entry of the configuration prunes; those that none can prune are in the report."""
+    from onnxprune.graph.weights import Skipped
+
+    told = {row.name for row in result.report.rows} | {item.name for item in result.report.skipped}
+    reason = "the configuration leaves it out"
+    return [Skipped(w.name, w.op_types[0], reason) for w in dense.weights if w.name not in told]
+
+
+def _as_dict(
+    model: str, result: Result, sizes: Sizes, latency: Benchmark | str | None, untouched: list[Skipped]
+) -> dict[str, Any]:
+    report = result.report.to_dict()
+    report["skipped"] += [asdict(item) for item in untouched]
+    return {
+        "model": model,
+        "output": None if result.path is None else str(result.path),
+        "accepted": result.accepted,
+        "sparsity": result.sparsity,
+        "report": report,
+        "evaluation": None if result.evaluation is None else result.evaluation.to_dict(),
+        "sizes": asdict(sizes),
+        "benchmark": None if latency is None or isinstance(latency, str) else latency.to_dict(),
+        "benchmark_skipped": latency if isinstance(latency, str) else None,
+    }
+
+
+def _gate(result: Result, max_drop: float | None) -> str:
+    from onnxprune.sensitivity import loss
+
+    assert result.evaluation is not None
+    evaluation = result.evaluation
+    what = "agreement with the dense model" if evaluation.metric is None else evaluation.metric
+    fell = f"{what} fell by {loss(evaluation):.6g}, more than --max-drop {max_drop:g} allows"
+    return f"gate not met: {fell}; nothing was written"
+
+
+# --------------------------------------------------------------------------------------------------- in and out
+
+
+@contextlib.contextmanager
+def _results_only() -> Iterator[None]:
+    """Keep stdout for results: what a user's data function or a library prints goes to stderr."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def _show(parts: Iterable[RenderableType]) -> None:
+    from rich.console import Console
+
+    console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+    with console.capture() as capture:
+        console.print(*parts, sep="")
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    doubled = [not line and (index == 0 or not lines[index - 1]) for index, line in enumerate(lines)]
+    print("\n".join(line for line, drop in zip(lines, doubled, strict=True) if not drop))
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _say(text: str) -> None:
+    """One paragraph on stderr."""
+    from onnxprune.tables import escaped
+
+    print(escaped(" ".join(text.split())), file=sys.stderr)
+
+
+def _usage(error: Any) -> str:
+    context = error.ctx
+    command = "onnxprune" if context is None else context.command_path
+    return f"{error.format_message().rstrip('.')} (see '{command} --help')"
+
+
+def _trace() -> None:
+    if os.environ.get("ONNXPRUNE_DEBUG", "0") not in ("", "0"):
+        traceback.print_exc()
