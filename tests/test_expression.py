@@ -107,6 +107,8 @@ def chain(op_types: list[str], rng: Rng, x: np.ndarray) -> tuple[onnx.ModelProto
     model.graph.output.pop()
     steps, name = [x], "W"
     for index, op_type in enumerate(op_types):
+        if steps[-1].ndim == 0:
+            break
         given, attributes = ARGUMENTS[op_type](rng, steps[-1].shape)
         names = [f"{index}.{i}" for i in range(len(given))]
         model.graph.initializer.extend(numpy_helper.from_array(a, n) for a, n in zip(given, names, strict=True))
@@ -131,7 +133,7 @@ def test_move_equals_onnxruntime(op_type):
         assert run(model)[0].shape == steps[0].shape
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(60))
 def test_layout_of_a_random_chain_equals_onnxruntime(seed):
     """A weight's role order, found by tracing, is where onnxruntime moves its entries."""
     rng = np.random.default_rng(seed)

@@ -6,19 +6,21 @@ entries to remove, and returns the units to remove. Adding an allocation is one 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from onnxprune.algorithms.patterns import Units
-from onnxprune.algorithms.select import lowest
+from onnxprune.algorithms.select import MAX_THREADS, THREADED, lowest
 
 Allocation = Callable[[Sequence[Units], float], list[np.ndarray]]
 
 
 def uniform(weights: Sequence[Units], sparsity: float) -> list[np.ndarray]:
     """The same share of every weight: int(n * sparsity) entries of each."""
-    return [take([units], int(units.entries * sparsity))[0] for units in weights]
+    return _each(weights, [int(units.entries * sparsity) for units in weights])
 
 
 def globally(weights: Sequence[Units], sparsity: float) -> list[np.ndarray]:
@@ -50,7 +52,20 @@ def erk(weights: Sequence[Units], sparsity: float) -> list[np.ndarray]:
     for index in np.argsort(-(wanted - counts), kind="stable"):  # what rounding left over, largest remainder first
         if counts.sum() < total and counts[index] < room[index]:
             counts[index] += 1
-    return [take([units], int(count))[0] for units, count in zip(weights, counts, strict=True)]
+    return _each(weights, [int(count) for count in counts])
+
+
+def _each(weights: Sequence[Units], budgets: Sequence[int]) -> list[np.ndarray]:
+    """`take` from each weight on its own; small weights run beside each other, a large one is itself run in parallel."""
+    small = [units.scores.size < THREADED for units in weights]
+    if sum(u.scores.size for u, s in zip(weights, small, strict=True) if s) < THREADED:
+        return [take([units], budget)[0] for units, budget in zip(weights, budgets, strict=True)]
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS)) as pool:
+        running = [pool.submit(take, [u], b) if s else None for u, b, s in zip(weights, budgets, small, strict=True)]
+        return [
+            take([units], budget)[0] if run is None else run.result()[0]
+            for units, budget, run in zip(weights, budgets, running, strict=True)
+        ]
 
 
 def _removable(units: Units) -> int:

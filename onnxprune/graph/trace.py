@@ -79,6 +79,7 @@ class Tracer:
         self.model = model
         self._constant: dict[tuple[int, Scope], bool] = {}
         self._scopes: dict[tuple[int, Scope], Scope] = {}
+        self._bodies = dict(_bodies(model))
 
     def nodes(self) -> Iterator[tuple[ir.Node, Scope]]:
         """Every node in order, those of sub-graphs and of called functions included, with the calls that lead to it."""
@@ -189,6 +190,9 @@ class Tracer:
             if isinstance(attributes.get("value"), ir.TensorProtocol):
                 return np.asarray(attributes["value"].numpy())
             return np.asarray(next(iter(attributes.values())))
+        fixed = _static_shape(node)
+        if fixed is not None:
+            return fixed
         try:
             return self._evaluate(node, scope)[int(value.index() or 0)]
         except Exception as error:
@@ -372,7 +376,11 @@ class Tracer:
         return self._scopes.setdefault((id(node), scope), Scope(node, function, scope))
 
     def _resolve(self, value: ir.Value | None, scope: Scope) -> tuple[ir.Value, Scope] | None:
-        """Where a value really comes from: a function's formal input is the call's, a call's output the function's."""
+        """Where a value really comes from.
+
+        A function's formal input is the call's, a call's output the function's, and a state that a loop hands on
+        unchanged is what the loop was given.
+        """
         while value is not None:
             node = value.producer()
             if node is not None:
@@ -380,6 +388,12 @@ class Tracer:
                 if inside is None or inside.function is None:
                     return value, scope
                 value, scope = inside.function.outputs[int(value.index() or 0)], inside
+                continue
+            if value.is_graph_input() and id(value.graph) in self._bodies:
+                given = _unchanged_state(value, self._bodies[id(value.graph)])
+                if given is None:
+                    return value, scope
+                value = given
                 continue
             if scope.function is None or scope.call is None or scope.parent is None:
                 return value, scope
@@ -392,12 +406,51 @@ class Tracer:
         return None
 
 
+def _bodies(model: ir.Model) -> Iterator[tuple[int, ir.Node]]:
+    """Each loop's body, by identity, with the loop."""
+    for graph in (model.graph, *model.functions.values()):
+        for node in graph.all_nodes():
+            if node.op_type in {"Loop", "Scan"} and node.domain in ("", "ai.onnx") and "body" in node.attributes:
+                yield id(node.attributes["body"].as_graph()), node
+
+
+def _unchanged_state(value: ir.Value, loop: ir.Node) -> ir.Value | None:
+    """What a loop was given for a state that its body hands on as it is; None for any other input of the body."""
+    body = loop.attributes["body"].as_graph()
+    index = next(i for i, v in enumerate(body.inputs) if v is value)
+    if loop.op_type == "Loop":  # body: iteration, condition, states -> condition, states, scans
+        place = index - 1
+        state = index >= 2
+    else:
+        place = index
+        state = index < len(body.inputs) - loop.attributes["num_scan_inputs"].as_int()
+    if not state or place >= len(body.outputs) or index >= len(loop.inputs):
+        return None
+    end: ir.Value | None = body.outputs[place]
+    while end is not None and end is not value:
+        node = end.producer()
+        end = node.inputs[0] if node is not None and node.op_type == "Identity" else None
+    return loop.inputs[index] if end is value else None
+
+
+def _static_shape(node: ir.Node) -> np.ndarray | None:
+    """What a Shape node returns where its input's shape is fixed."""
+    value = node.inputs[0] if node.inputs else None
+    if node.op_type != "Shape" or value is None or value.shape is None or not value.shape.is_static():
+        return None
+    start = node.attributes["start"].as_int() if "start" in node.attributes else 0
+    end = node.attributes["end"].as_int() if "end" in node.attributes else None
+    return np.array(value.shape.numpy()[start:end], np.int64)
+
+
 def _constant_inputs(value: ir.Value) -> bool | list[ir.Value]:
     """Whether a value is constant, or the inputs that decide it."""
     node = value.producer()
     if node is None:
         return value.const_value is not None
     if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+        return True
+    if _static_shape(node) is not None:
         return True
     inputs = [v for v in node.inputs if v is not None]
     graphs = any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())

@@ -147,7 +147,8 @@ class Weight:
         if sum(1 for _ in ex.leaves(use.expression)) == 1:
             probe = np.empty(self.shape, np.bool_) if marker.size < 2**16 else _untouched(self.shape)
             view = use.view(ex.push(use.expression, lambda leaf: probe))
-            if view.size == probe.size and np.may_share_memory(view, probe) and 0 not in _strides(view):
+            alias = view.flags.writeable and np.may_share_memory(view, probe)  # Expand's broadcast is read-only
+            if view.size == probe.size and alias and 0 not in _strides(view):
                 return None
         seen: set[tuple[int, ...]] = set()
         parts: list[np.ndarray] = []
