@@ -215,7 +215,9 @@ def benchmark(
         from onnxprune.runtime.feeds import parse_shapes
 
         shapes = parse_shapes(shape or [])
-        found = benchmarking.benchmark(model, baseline, shapes=shapes, threads=threads or 1, runs=runs)
+        found = benchmarking.benchmark(
+            model, baseline, shapes=shapes, threads=1 if threads is None else threads, runs=runs
+        )
     if as_json:
         _print_json(found.to_dict())
     else:
@@ -238,6 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # names in a file need not fit the terminal's encoding
     try:
         status = app(args=arguments, prog_name="onnxprune", standalone_mode=False)
+        if status == INTERRUPTED:  # some versions of typer turn the interrupt into a status, others into Abort
+            raise KeyboardInterrupt
         return status if isinstance(status, int) else 0
     except _USAGE_ERRORS as error:
         _say(f"error: {_usage(error)}")
@@ -247,9 +251,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         _say("interrupted")
         return INTERRUPTED
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the interpreter flushes it at exit, which must not fail again)
-        return BROKEN_PIPE
     except Exception as error:
         _trace()
         _say(
@@ -301,7 +302,7 @@ def _latency(path: Path, model: str, shapes: dict[str, tuple[int, ...]], threads
     if os.path.samefile(path, model):
         return "the dense model was replaced, so nothing is left to compare with"
     try:
-        return benchmark(path, model, shapes=shapes, threads=threads or 1)
+        return benchmark(path, model, shapes=shapes, threads=1 if threads is None else threads)
     except PruneError as error:
         return str(error)
 
@@ -371,11 +372,20 @@ def _show(parts: Iterable[RenderableType]) -> None:
         console.print(*parts, sep="")
     lines = [line.rstrip() for line in capture.get().splitlines()]
     doubled = [not line and (index == 0 or not lines[index - 1]) for index, line in enumerate(lines)]
-    print("\n".join(line for line, drop in zip(lines, doubled, strict=True) if not drop))
+    _print("\n".join(line for line, drop in zip(lines, doubled, strict=True) if not drop))
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, indent=2, allow_nan=False))
+    _print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _print(text: str) -> None:
+    """To stdout; where nobody reads it any more, that is the end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would fail again
+        raise typer.Exit(BROKEN_PIPE) from None
 
 
 def _say(text: str) -> None:

@@ -85,6 +85,8 @@ def count(
             branches |= any(at[site, scope].branch for site, scope, _ in uses)
         except UnknownMacsError as error:
             found[weight.name] = str(error)
+        except (ValueError, IndexError):  # from shapes that no runtime accepts
+            found[weight.name] = "the shapes around it do not fit together"
     return found, {name: shape for name, shape in declared(graph).items() if name in outputs}, branches
 
 
@@ -112,11 +114,15 @@ def _applications(use: Use, site: Site, operand: tuple[int, ...], width: int) ->
     other = 0 if use.operand else (3 if use.op_type == "QLinearMatMul" else 1)
     data = _known(site.inputs[other], site.names[other])
     if use.op_type == "ConvTranspose":
+        if len(data) != len(operand):
+            raise UnknownMacsError(f"'{site.names[other]}' of shape {list(data)} does not fit it")
         return data[0] * math.prod(data[2:])
     if use.op_type in RECURRENT:
         return data[0] * data[1]
     if use.op_type in PROJECTIONS:
         return math.prod(data[:-1])
+    if math.prod(data) % width:
+        raise UnknownMacsError(f"'{site.names[other]}' of shape {list(data)} does not fit it")
     if len(operand) <= 2:
         return math.prod(data) // width
     if use.site is not None and {"transBatchA", "transBatchB"} & use.site.attributes.keys():

@@ -66,7 +66,9 @@ def slices(rng: Rng, shape: tuple[int, ...]) -> Arguments:
             end = int(rng.choice([last + 1, *([last + 1 - size] if last + 1 < size else [2**40])]))
         else:
             start = int(rng.choice([last, last - size, *([size + 5] if last == size - 1 else [])]))
-            end = int(rng.choice([first - 1 if first else -size - 1, first - 1 - size, *([-(2**40)] if first == 0 else [])]))
+            end = int(
+                rng.choice([first - 1 if first else -size - 1, first - 1 - size, *([-(2**40)] if first == 0 else [])])
+            )
         bounds.append((start, end, int(axis - len(shape) * rng.integers(2)), step))
     starts, ends, along, steps = zip(*bounds, strict=True)
     return [ints(*starts), ints(*ends), ints(*along), ints(*steps)], {}
@@ -185,7 +187,8 @@ def test_split_equals_onnxruntime(sizes, count, length, axis):
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16"])
 @pytest.mark.parametrize(
-    ("parameters", "axis", "block"), [((), 1, 0), ((4,), 0, 0), ((6,), 1, 0), ((6,), -1, 0), ((2, 6), 0, 2), ((4, 2), 1, 4)]
+    ("parameters", "axis", "block"),
+    [((), 1, 0), ((4,), 0, 0), ((6,), 1, 0), ((6,), -1, 0), ((2, 6), 0, 2), ((4, 2), 1, 4)],
 )
 @pytest.mark.parametrize("shifted", [True, False])
 def test_dequantize_equals_onnxruntime(dtype, parameters, axis, block, shifted):
@@ -194,7 +197,9 @@ def test_dequantize_equals_onnxruntime(dtype, parameters, axis, block, shifted):
     x = rng.integers(info.min, info.max, (4, 6), dtype, endpoint=True)
     scale = rng.uniform(0.01, 2, parameters).astype(np.float32).reshape(parameters)
     zero = np.asarray(rng.integers(info.min, info.max, parameters, dtype, endpoint=True)).reshape(parameters)
-    model = parse("() => (float[4,6] y) { y = DequantizeLinear(W, s, z) }", W=x, s=scale, z=zero if shifted else zero * 0)
+    model = parse(
+        "() => (float[4,6] y) { y = DequantizeLinear(W, s, z) }", W=x, s=scale, z=zero if shifted else zero * 0
+    )
     attributes = {"axis": axis} | ({"block_size": block} if block else {})
     model.graph.node[0].attribute.extend(helper.make_attribute(k, v) for k, v in attributes.items())
     spread = [ex.per_axis(p, x.shape, axis, block) for p in (scale, zero)]

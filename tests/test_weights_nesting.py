@@ -45,8 +45,10 @@ NESTED = [
     Net(
         "Loop, with a weight of its own and one captured",
         parse(
-            f"""(float[2,3] x) => (float[2,3] y, float[2,3,4] s) {{ c = Constant<value=bool {{1}}>() n = Constant<value=int64 {{2}}>()
-            y, s = Loop(n, c, x) <body = b (int64 i, bool c0, float[2,3] h) => (bool c1, float[2,3] k, float[3,4] s0) {W1} {{
+            f"""(float[2,3] x) => (float[2,3] y, float[2,3,4] s) {{
+            c = Constant<value=bool {{1}}>() n = Constant<value=int64 {{2}}>()
+            y, s = Loop(n, c, x) <body = b (int64 i, bool c0, float[2,3] h) =>
+            (bool c1, float[2,3] k, float[3,4] s0) {W1} {{
             c1 = Identity(c0) m = MatMul(h, W) k = Gemm<transB=1>(m, V) s0 = Identity(W) }}> }}""",
             V=pi(3, 4),
         ),
@@ -139,7 +141,8 @@ NESTED = [
             f"""(float[2,3] x) => (float[2,8] y)
             {{ a, s = own.outer<t={TENSOR1}>(x) b, r = own.outer<t={TENSOR2}>(x) y = Concat<axis=1>(a, b) }}
             {FUNCTION} outer <t> (x) => (y, s) {{ y, s = own.inner<u: tensor = @t>(x) }}
-            {FUNCTION} inner <u> (x) => (y, s) {{ W = Constant<value: tensor = @u>() y = MatMul(x, W) s = Identity(W) }}"""
+            {FUNCTION} inner <u> (x) => (y, s)
+            {{ W = Constant<value: tensor = @u>() y = MatMul(x, W) s = Identity(W) }}"""
         ),
         {"W": "1000 0110 1101", "outer/inner/W": "0011 1111 0000"},
         {"W": [Operand("s", COLUMNS)], "outer/inner/W": [Operand("r", COLUMNS)]},
@@ -194,7 +197,8 @@ def test_nested(net):
 def test_names_of_a_weight_tell_where_it_is():
     """An op_names entry may name the initializer, the call or the node."""
     model = parse(
-        f"(float[2,3] x) => (float[2,8] y) {{ [one] a = own.dense(x) [two] b = own.dense(x) y = Concat<axis=1>(a, b) }} {FUNCTION} "
+        "(float[2,3] x) => (float[2,8] y) { [one] a = own.dense(x) [two] b = own.dense(x) y = Concat<axis=1>(a, b) } "
+        f"{FUNCTION} "
         f"dense (x) => (y) {{ W = Constant<value={TENSOR1}>() [product] y = MatMul(x, W) }}"
     )
     result = onnxprune.prune(model, [{"sparsity": 0.5, "op_names": ["product"]}])

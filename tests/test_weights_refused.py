@@ -56,7 +56,8 @@ REFUSED = {
     ),
     "MatMulNBits": (
         parse(
-            "(float[2,16] x) => (float[2,2] y) { y = com.microsoft.MatMulNBits<K=16, N=2, bits=4, block_size=16>(x, W, s) }",
+            "(float[2,16] x) => (float[2,2] y) "
+            "{ y = com.microsoft.MatMulNBits<K=16, N=2, bits=4, block_size=16>(x, W, s) }",
             W=np.full((2, 1, 8), 0x57, np.uint8),
             s=np.ones(2, F32),
         ),
@@ -75,7 +76,9 @@ REFUSED = {
         ("W", "MatMul", "its type BOOL cannot be pruned"),
     ),
     "string": (
-        parse("(float[2,3] x) => (float[2,4] y) { V = Cast<to=1>(W) y = MatMul(x, V) }", W=np.full((3, 4), "1", object)),
+        parse(
+            "(float[2,3] x) => (float[2,4] y) { V = Cast<to=1>(W) y = MatMul(x, V) }", W=np.full((3, 4), "1", object)
+        ),
         ("W", "MatMul", "its type STRING cannot be pruned"),
     ),
     "cast to an integer": (
@@ -91,7 +94,10 @@ REFUSED = {
         ("W", "MatMul", "the DequantizeLinear after it takes a shape, a scale or a zero point known at run time only"),
     ),
     "run-time zero point of the operator": (
-        parse("(uint8[2,3] x, uint8 z) => (int32[2,4] y) { y = MatMulInteger(x, W, z, z) }", W=pi(3, 4, dtype=np.uint8, offset=9)),
+        parse(
+            "(uint8[2,3] x, uint8 z) => (int32[2,4] y) { y = MatMulInteger(x, W, z, z) }",
+            W=pi(3, 4, dtype=np.uint8, offset=9),
+        ),
         ("W", "MatMulInteger", "the scale or zero point of MatMulInteger is computed at run time"),
     ),
     "run-time shape": (
@@ -108,7 +114,8 @@ REFUSED = {
     "two zero points": (
         parse(
             "(float[2,3] x) => (float[2,8] y) "
-            "{ A = DequantizeLinear(W, s, z1) B = DequantizeLinear(W, s, z2) a = MatMul(x, A) b = MatMul(x, B) y = Concat<axis=1>(a, b) }",
+            "{ A = DequantizeLinear(W, s, z1) B = DequantizeLinear(W, s, z2) "
+            "a = MatMul(x, A) b = MatMul(x, B) y = Concat<axis=1>(a, b) }",
             W=pi(3, 4, dtype=np.uint8, offset=9),
             s=HALF,
             z1=np.uint8(9).reshape(()),
@@ -127,7 +134,8 @@ REFUSED = {
     ),
     "quantised with one zero point, dequantised with another": (
         parse(
-            "(float[2,3] x) => (float[2,4] y) { Q = QuantizeLinear(W, s, z1) V = DequantizeLinear(Q, s, z2) y = MatMul(x, V) }",
+            "(float[2,3] x) => (float[2,4] y) "
+            "{ Q = QuantizeLinear(W, s, z1) V = DequantizeLinear(Q, s, z2) y = MatMul(x, V) }",
             W=pi(3, 4),
             s=HALF,
             z1=np.uint8(9).reshape(()),
@@ -156,7 +164,9 @@ REFUSED = {
         ("z", "MatMul", "it is a product of [3, 1] and [4], neither of the operand's shape"),
     ),
     "a layout that does not fit": (
-        parse("(float[2,3] x) => (float[2,4] y) { V = Reshape(W, s) y = MatMul(x, V) }", W=pi(3, 5), s=np.array([3, 4])),
+        parse(
+            "(float[2,3] x) => (float[2,4] y) { V = Reshape(W, s) y = MatMul(x, V) }", W=pi(3, 5), s=np.array([3, 4])
+        ),
         ("W", "MatMul", "its layout cannot be computed as the graph describes it"),
     ),
     "made of nothing stored": (
@@ -185,16 +195,22 @@ SILENT = {
         "(float[2,3] x) => (float[2,2] y) { t = Transpose(x) u = Mul(t, s) y = MatMul(x, u) }", s=np.ones((3, 2), F32)
     ),
     "an activation of a fixed shape": parse(
-        "(float[2,3] x, int64[2] n) => (float[2,2] y) { z = Expand(s, n) t = Transpose(x) u = Add(t, z) y = MatMul(x, u) }",
+        "(float[2,3] x, int64[2] n) => (float[2,2] y) "
+        "{ z = Expand(s, n) t = Transpose(x) u = Add(t, z) y = MatMul(x, u) }",
         s=HALF,
     ),
     "a state that starts constant": parse(
-        "(float[2,3] x, int64[2] n) => (float[4,2] y) { h = Expand(s, n) t = Transpose(x) u = Reshape(t, n) y = MatMul(h, u) }",
+        "(float[2,3] x, int64[2] n) => (float[4,2] y) "
+        "{ h = Expand(s, n) t = Transpose(x) u = Reshape(t, n) y = MatMul(h, u) }",
         s=HALF,
     ),
-    "constants only": parse("(float[3,4] x) => (float[3,4] y) { p = MatMul(A, B) y = Add(x, p) }", A=pi(3, 2), B=pi(2, 4)),
+    "constants only": parse(
+        "(float[3,4] x) => (float[3,4] y) { p = MatMul(A, B) y = Add(x, p) }", A=pi(3, 2), B=pi(2, 4)
+    ),
     "a table of shapes": parse("(int64 i) => (int64 y) { y = Gather(T, i) }", T=np.array([3, 4, 5])),
-    "a table of shapes of an activation": parse("(float[2,3] x, int64 i) => (int64 y) { s = Shape(x) y = Gather(s, i) }"),
+    "a table of shapes of an activation": parse(
+        "(float[2,3] x, int64 i) => (int64 y) { s = Shape(x) y = Gather(s, i) }"
+    ),
     "an integer matrix": parse("(int64 i) => (int64[2] y) { y = Gather(T, i) }", T=np.array([[3, 4], [5, 6]])),
     "a float vector": parse("(int64 i) => (float y) { y = Gather(T, i) }", T=pi(5)),
     "a computed table": parse("(int64 i) => (float[4] y) { U = Add(T, T) y = Gather(U, i) }", T=pi(5, 4)),
@@ -218,7 +234,8 @@ def test_no_weight(case):
 def test_a_table_used_as_a_weight_too_is_reported():
     """A Gather hides nothing: the MatMul's operand that has no rule is still said."""
     model = parse(
-        "(float[2,4] x, int64 i) => (float[4] e, float[2,4] y) { e = Gather(T, i) U = Exp(T) y = MatMul(x, U) }", T=pi(4, 4)
+        "(float[2,4] x, int64 i) => (float[4] e, float[2,4] y) { e = Gather(T, i) U = Exp(T) y = MatMul(x, U) }",
+        T=pi(4, 4),
     )
     weights, left = find(load(model))
     assert [(w.name, w.op_types) for w in weights] == [("T", ("Embedding",))]

@@ -72,7 +72,9 @@ def test_type_and_storage(dtype, storage):
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_operator_computes_in_the_type(dtype):
     names = {"float16": "float16", "float32": "float", "float64": "double"}
-    model = parse(f"({names[dtype]}[2,3] x) => ({names[dtype]}[2,4] y) {{ y = MatMul(x, W) }}", W=pi(3, 4, dtype=TYPES[dtype]))
+    model = parse(
+        f"({names[dtype]}[2,3] x) => ({names[dtype]}[2,4] y) {{ y = MatMul(x, W) }}", W=pi(3, 4, dtype=TYPES[dtype])
+    )
     check(Net(dtype, model, {"W": MASK}, {"W": [Operand("W", COLUMNS)]}))
 
 
@@ -102,7 +104,9 @@ def test_zeros_already_there_count():
     """A weight sparser than asked for is left as it is, and its zeros are those counted."""
     array = pi(4, 4)
     array[1:] = 0
-    result = onnxprune.prune(parse("(float[2,4] x) => (float[2,4] y) { y = MatMul(x, W) }", W=array), [{"sparsity": 0.5}])
+    result = onnxprune.prune(
+        parse("(float[2,4] x) => (float[2,4] y) { y = MatMul(x, W) }", W=array), [{"sparsity": 0.5}]
+    )
     assert (result.report.rows[0].zeros_before, result.report.rows[0].zeros) == (12, 12)
     assert np.array_equal(numpy_helper.to_array(result.to_proto().graph.initializer[0]), array)
 

@@ -59,16 +59,12 @@ def check_stored(net: Net, name: str, pruned: onnx.ModelProto, mask: np.ndarray)
 def check_seen(net: Net, operand: Operand, pruned: onnx.ModelProto, mask: np.ndarray, source: np.ndarray) -> None:
     """The operator sees exactly 0.0 where an entry was pruned, and elsewhere what it saw before."""
     dense, now = seen(net.model, operand), seen(pruned, operand)
-    gone = (source >= 0) & ~mask.reshape(-1)[source]
-    others = reached_by_none(net, source, dense, now)
+    ours = source >= 0
+    gone = ours & ~mask.reshape(-1)[source]
+    fixed = ours & ~gone if len(net.masks) > 1 else ~gone  # other entries may be another weight's
     assert gone.any()
     assert np.all(operand.real(now)[gone] == 0.0)
-    assert np.array_equal(now[~gone & ~others], dense[~gone & ~others])
-
-
-def reached_by_none(net: Net, source: np.ndarray, dense: np.ndarray, now: np.ndarray) -> np.ndarray:
-    """Entries of the operand that are another weight's."""
-    return (source < 0) if len(net.masks) > 1 else np.zeros(source.shape, np.bool_)
+    assert np.array_equal(now[fixed], dense[fixed])
 
 
 def reached(net: Net, name: str, operand: Operand) -> np.ndarray:

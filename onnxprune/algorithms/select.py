@@ -28,7 +28,8 @@ from onnxprune.errors import PruneError
 
 CHUNK = 1 << 20  # bytes of keys worked on at a time: with what is compared, they stay in cache
 SPAN = 1 << 20  # elements given to a thread at a time
-SAMPLE = 1 << 16  # keys sampled for the first bracket, at most
+SAMPLE = 1 << 16  # keys sampled for the first bracket, at most,
+ONE_IN = 64  # and at most one in so many
 ROOM = 3 << 19  # bytes gathered per thread and pass, at most
 WHOLE = 1 << 13  # up to so many elements are gathered without sampling
 THREADED = 1 << 22  # fewer elements are not worth starting threads for
@@ -151,7 +152,7 @@ class _Span:
         """Chunk by chunk the keys (in a reused buffer; all bits set where held), held, result and the first place."""
         part = self.part
         key = _KEYS[part.dtype]
-        all_bits = key.type(np.iinfo(key).max)
+        all_bits, magnitude = key.type(np.iinfo(key).max), key.type(np.iinfo(key).max >> 1)
         boolean = np.dtype(np.bool_)
         flags: Any = ["buffered", "external_loop", "ranged"]
         modes: Any = [["readonly"], ["readwrite"], ["readonly"]]
@@ -163,7 +164,7 @@ class _Span:
         with np.nditer(arrays, flags, modes, dtypes, "C", "safe", buffersize=length) as chunks:
             chunks.iterrange = (self.start, self.stop)  # type: ignore[misc]  # numpy's stubs have it read-only
             for score, result, *held in chunks:
-                keys = np.bitwise_and(score.view(key), all_bits >> 1, out=buffer[: score.size])
+                keys = np.bitwise_and(score.view(key), magnitude, out=buffer[: score.size])
                 mask = held[0] if held else None
                 if mask is not None:
                     keys |= mask * all_bits
@@ -272,7 +273,7 @@ def _select(parts: list[_Part], need: int, run: Run, room: int) -> None:
 def _sample(spans: list[_Span], infinity: int) -> tuple[Array, int]:
     """Some finite keys, drawn evenly from all arrays, and a guess of how many finite ones there are."""
     total = sum(span.stop - span.start for span in spans)
-    size = min(SAMPLE, total // 64) if total > WHOLE else 0
+    size = min(SAMPLE, total // ONE_IN) if total > WHOLE else 0
     random = np.random.default_rng(0)
     key = _KEYS[spans[0].part.dtype]
     drawn = [np.empty(0, key)]
@@ -292,7 +293,7 @@ def _sample(spans: list[_Span], infinity: int) -> tuple[Array, int]:
 
 
 def _bracket(sample: Array, share: float, low: int, high: int) -> tuple[int, int]:
-    """Keys left < right between which, going by the sample, a share of the keys in [low, high) ends."""
+    """A range of keys, within low and high, where by the sample the given share of the keys in [low, high) ends."""
     if sample.size == 0:
         return low, high
     middle = min(share, 1.0) * sample.size
@@ -356,8 +357,8 @@ def _mark_gathered(parts: list[_Part], bag: _Bag, quota: int) -> None:
     ties.sort(kind="stable")
     quota -= below.size
     for part in parts:
-        ends = [part.first, part.first + part.score.size]
-        chosen, tied = (all_[slice(*np.searchsorted(all_, ends))] - part.first for all_ in (below, ties))
+        ends = np.array([part.first, part.first + part.score.size], places.dtype)
+        chosen, tied = (all_[slice(*np.searchsorted(all_, ends))] - ends[0] for all_ in (below, ties))
         if quota < tied.size:
             tied = tied[np.argsort(part.logical(tied), kind="stable")[:quota]]
         np.put(part.result, chosen, True)

@@ -15,6 +15,18 @@ PREFIX = ".onnxprune-"
 """Of the hidden folders that files are written in."""
 
 
+def resolve(target: Path) -> Path:
+    """The file a target leads to: what a link points at is replaced, not the link.
+
+    Raises:
+        PruneError: no file can have that name.
+    """
+    try:
+        return Path(os.path.realpath(target))
+    except ValueError as error:
+        raise PruneError(f"cannot write {str(target)!r}: {error}; give another name") from error
+
+
 @contextlib.contextmanager
 def staging(target: Path | None) -> Iterator[Path]:
     """A hidden folder beside a target (None: in the system's temporary folder), removed with all it holds.

@@ -66,7 +66,7 @@ class Masks(Mapping[str, np.ndarray]):
         Raises:
             PruneError: the file cannot be written; what stood there is untouched.
         """
-        target = Path(os.path.realpath(path))
+        target = files.resolve(Path(path))
         if target.is_dir():
             raise PruneError(f"cannot write masks to '{target}', a folder; give the name of a file in it")
         index = json.dumps([[name, list(shape)] for name, (_, shape) in self._bits.items()])

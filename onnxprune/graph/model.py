@@ -116,7 +116,8 @@ class Model:
         The files carry their final names inside a hidden folder, so the staged model can be run before
         `Staged.commit` renames it into place. Leaving the context uncommitted removes every trace.
         """
-        target = None if target is None else Path(os.path.realpath(target))  # a link's file is replaced, not the link
+        if target is not None:
+            target = files.resolve(target)
         if str(target) in self.data.values():
             raise PruneError(f"the output '{target}' is the external data file of the input; choose another name")
         with files.staging(target) as folder:
@@ -249,6 +250,7 @@ def load(source: ModelSource) -> Model:
             outside the model's folder; a tensor or a name is invalid.
     """
     if isinstance(source, onnx.ModelProto):
+        valid.check_depth(source)
         proto = onnx.ModelProto()
         proto.CopyFrom(source)
         return _open(proto, None, None)

@@ -15,6 +15,9 @@ from onnx import TensorProto
 
 from onnxprune.errors import PruneError
 
+DEPTH = 100
+"""Levels of sub-graphs; protobuf reads fewer from a file."""
+
 
 class External(NamedTuple):
     """Where a tensor says its data are: a file relative to the model's folder, an offset, a length (None: not said)."""
@@ -136,6 +139,21 @@ def _locate(file: str, folder: Path, real: Sequence[Path], name: str) -> str:
     if not stat.S_ISREG(mode):
         raise PruneError(f"{name} is at '{file}', which is no regular file; put the data beside the model")
     return str(path)
+
+
+def check_depth(proto: onnx.ModelProto) -> None:
+    """A model in memory is no deeper than a file can be; protobuf would crash on copying it.
+
+    Raises:
+        PruneError: it is.
+    """
+    level: list[onnx.GraphProto | onnx.FunctionProto] = [proto.graph, *proto.functions]
+    for _ in range(DEPTH):
+        attributes = [a for graph in level for node in graph.node for a in node.attribute]
+        level = [g for a in attributes for g in ([a.g] if a.HasField("g") else a.graphs)]
+        if not level:
+            return
+    raise PruneError(f"the model has sub-graphs more than {DEPTH} levels deep, which no ONNX file can hold; flatten it")
 
 
 def check_names(proto: onnx.ModelProto, what: str) -> None:

@@ -1,0 +1,118 @@
+"""tf2onnx, with what it needs to be led around."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import onnx
+import tensorflow as tf
+
+from onnxprune.errors import PruneError
+from onnxprune.graph.model import graphs
+
+OPSET = 18
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """tf2onnx logs an error for every rewriter that would like constants; nested functions must be traced inline."""
+    log = logging.getLogger("tf2onnx")
+    level, eager = log.level, tf.config.functions_run_eagerly()
+    log.setLevel(logging.CRITICAL)
+    tf.config.run_functions_eagerly(True)  # a compiled function inside, as Keras' grouped convolutions are, has no ONNX
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        tf.config.run_functions_eagerly(eager)
+
+
+def convert(call: Callable[..., Any], signature: Sequence[Any]) -> onnx.ModelProto:
+    """The ONNX model of a TensorFlow function.
+
+    Args:
+        call: takes tensors, returns a list of tensors.
+        signature: one TensorSpec with a name per argument; the names become those of the graph's inputs.
+
+    Raises:
+        PruneError: the function holds an operator that ONNX does not have.
+    """
+    try:
+        import tf2onnx
+    except ImportError as error:
+        raise PruneError("exporting from TensorFlow needs tf2onnx: pip install 'onnxprune[keras]'") from error
+
+    with quiet():
+        function = tf.function(call)
+        function.get_concrete_function(*signature)  # traced while nested functions run inline; tf2onnx finds it cached
+        try:
+            proto, _ = tf2onnx.convert.from_function(function, input_signature=list(signature), opset=OPSET)
+        except Exception as error:
+            raise PruneError(f"tf2onnx cannot convert the model: {_line(error)}") from error
+    check_operators(proto)
+    result: onnx.ModelProto = proto
+    return result
+
+
+def check_operators(proto: onnx.ModelProto) -> None:
+    """Refuse a graph in which tf2onnx left operators of TensorFlow, which it does silently."""
+    nodes = {node.op_type for graph in graphs(proto) for node in graph.node if node.domain in ("", "ai.onnx")}
+    foreign = sorted(op for op in nodes if not onnx.defs.has(op, OPSET))
+    if foreign:
+        raise PruneError(f"tf2onnx has no ONNX for the TensorFlow operators {', '.join(foreign)}; replace the layers that use them")
+
+
+def rename(graph: onnx.GraphProto, table: Mapping[str, str]) -> None:
+    """Rename values wherever they are named, sub-graphs included."""
+    for node in graph.node:
+        node.output[:] = [table.get(name, name) for name in node.output]
+    for info in (*graph.input, *graph.value_info, *graph.initializer):
+        info.name = table.get(info.name, info.name)
+    for attribute in _subgraphs(graph):
+        rename(attribute, table)
+    _rename_uses(graph, table, deep=False)
+
+
+def hoist(graph: onnx.GraphProto) -> None:
+    """Let a Loop's body read from outside what it only hands on: a recurrent weight then feeds its operator directly."""
+    for inner in _subgraphs(graph):
+        hoist(inner)
+    for node in graph.node:
+        if node.op_type != "Loop":
+            continue
+        body = next(a.g for a in node.attribute if a.name == "body")
+        states = len(node.input) - 2
+        for k in reversed(range(states)):
+            inner_name = body.input[2 + k].name
+            if body.output[1 + k].name != inner_name:
+                continue
+            outer, after = node.input[2 + k], node.output[k]
+            for parts, index in ((node.input, 2 + k), (body.input, 2 + k), (body.output, 1 + k), (node.output, k)):
+                del parts[index]
+            _rename_uses(body, {inner_name: outer})
+            if after:
+                _rename_uses(graph, {after: outer})
+
+
+def _rename_uses(graph: onnx.GraphProto, table: Mapping[str, str], deep: bool = True) -> None:
+    for node in graph.node:
+        node.input[:] = [table.get(name, name) for name in node.input]
+    for output in graph.output:
+        output.name = table.get(output.name, output.name)
+    if deep:
+        for inner in _subgraphs(graph):
+            _rename_uses(inner, table)
+
+
+def _subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield attribute.g
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:600]

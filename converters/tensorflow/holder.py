@@ -1,0 +1,39 @@
+"""What a pruner asks of the thing it prunes, be it a Keras model or a TensorFlow graph."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import numpy as np
+
+from onnxprune.converters.tensorflow.deploy import Exported
+from onnxprune.graph.weights import Skipped, Weight
+
+
+class Holder(Protocol):
+    """A model whose weights can be read, and whose masks are held while it trains.
+
+    Attributes:
+        weights: the weights in their roles; what their storage reads is the framework's.
+        skipped: what is left alone, with reasons.
+    """
+
+    weights: tuple[Weight, ...]
+    skipped: tuple[Skipped, ...]
+
+    def at(self, sess: Any) -> AbstractContextManager[None]:
+        """While open, the weights' storages read their values now, and `hold` writes; revived entries are zeroed on entry."""
+
+    def hold(self, kept: Mapping[str, np.ndarray]) -> None:
+        """Zero what masks (weight name -> stored shape, True is kept) remove, and keep it zero from now on."""
+
+    def remove(self) -> None:
+        """Stop holding: the model is as it was before, with zeros in it."""
+
+    def export(
+        self, path: str | os.PathLike[str], kept: Mapping[str, np.ndarray], example_inputs: Any, outputs: Any, sess: Any
+    ) -> Exported:
+        """Write the deployable ONNX file, checked."""

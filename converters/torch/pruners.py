@@ -1,0 +1,159 @@
+"""The pruners a torch user names: the core's, on a module's parameters, with masks that hold during training."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import weakref
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import distributed, nn
+
+from onnxprune.converters.bridge import Bridge
+from onnxprune.converters.torch import deploy, exporting, layers
+from onnxprune.converters.torch.binding import bind
+from onnxprune.converters.torch.deploy import Exported
+from onnxprune.converters.torch.hold import Holder, Place
+from onnxprune.converters.torch.layers import Site
+from onnxprune.errors import PruneError
+
+
+class TorchPruner(Bridge):
+    """A pruner of a torch module; `LevelPruner`, `AGPPruner` and `SensitivityPruner` say which."""
+
+    def __init__(self, config_list: Any, **options: Any) -> None:
+        super().__init__(config_list, **options)
+        self._holder: Holder | None = None
+        self._module: weakref.ref[nn.Module] | None = None
+        self._places: dict[str, Place] = {}
+        self._examples: Any = None
+
+    def __call__(self, model: nn.Module, example_inputs: Any = None) -> TorchPruner:
+        """Prune what is due now, and hold the masks from now on.
+
+        Args:
+            model: the module, wrapped (DistributedDataParallel, torch.compile) or not.
+            example_inputs: a tensor, a tuple of arguments or a mapping of keyword arguments; with them, weights are found in
+                the exported graph, those of the model's own functional calls too. Without, the modules' classes say.
+
+        Returns:
+            The pruner itself.
+
+        Raises:
+            PruneError: nothing in the model matches the configuration; a parameter has no values; ranks of a
+                distributed run form different masks.
+        """
+        module = exporting.unwrap(model)
+        if example_inputs is None:
+            weights, skipped = layers.find(module)
+        else:
+            binding = bind(module, example_inputs)
+            weights, skipped = list(binding.weights), list(binding.skipped)
+        try:
+            self.config.assign(weights)
+        except PruneError as error:
+            reasons = "; ".join(f"'{s.name}' is left alone: {s.reason}" for s in skipped[:8])
+            raise PruneError(f"{error}{f'; {reasons}' if reasons else ''}") from None
+        self.remove()
+        self._holder, self._module, self._examples = Holder(module), weakref.ref(module), example_inputs
+        self._places = {w.name: w.storage.place for w in weights if isinstance(w.storage, Site)}
+        self._attach(weights, skipped)
+        self._agree()
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the schedule is and what is pruned: numbers, and boolean tensors by parameter name (True is kept)."""
+        state = super().state_dict()
+        return {**state, "masks": {name: torch.from_numpy(mask) for name, mask in state["masks"].items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`, before or after the pruner is called with the model.
+
+        Raises:
+            PruneError: it is none, or belongs to another model.
+        """
+        masks = state.get("masks") if isinstance(state, Mapping) else None
+        if isinstance(masks, Mapping):
+            arrays = {name: m.cpu().numpy() if isinstance(m, torch.Tensor) else m for name, m in masks.items()}
+            state = {**state, "masks": arrays}
+        super().load_state_dict(state)
+
+    def apply(self) -> None:
+        """Zero the pruned entries now: after `load_state_dict` of the model brought others, until the next step does it."""
+        if self._holder is not None:
+            self._holder.apply()
+
+    def remove(self) -> None:
+        """Stop holding the masks: what is left is a plain model with zeros in it."""
+        if self._holder is not None:
+            self._holder.remove()
+            self._holder = None
+
+    def export(self, path: str | os.PathLike[str], example_inputs: Any = None, *, dynamic_shapes: Any = None) -> Exported:
+        """Write the deployable file: torch's own export with constants folded and operators fused, checked.
+
+        Args:
+            path: the file; weights go to a file beside it above 2 GB. It appears complete or not at all.
+            example_inputs: as for the call; those of the call unless given.
+            dynamic_shapes: as torch.onnx.export takes them; by default the batch has any size where the exporter can do that.
+
+        Returns:
+            What was written, and how far onnxruntime is from the module.
+
+        Raises:
+            PruneError: the exporter fails, a pruned entry is not zero in the file, or onnxruntime disagrees with the module by
+                more than 1e-4 of the output's scale. Nothing was written.
+        """
+        module = None if self._module is None else self._module()
+        if module is None:
+            raise PruneError("there is no model to export: call the pruner with it first, and keep it")
+        inputs = self._examples if example_inputs is None else example_inputs
+        if inputs is None:
+            raise PruneError("export needs example inputs to trace the model with: a tensor, a tuple of arguments or a mapping of keyword arguments")
+        self.apply()
+        return deploy.write(module, inputs, path, self.weights, self._kept, self.config, self.clock, self.report, dynamic_shapes)
+
+    def _hold(self, kept: Mapping[str, np.ndarray]) -> None:
+        if self._holder is not None:
+            self._holder.hold({self._places[name]: mask for name, mask in kept.items()})
+
+    def _due(self) -> None:
+        if self._holder is not None:
+            super()._due()
+
+    def _agree(self) -> None:
+        """Refuse where the processes of a distributed run start from different masks."""
+        if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+            return
+        digest = hashlib.sha256()
+        for name, mask in self._kept.items():
+            digest.update(f"{name}{mask.shape}".encode() + np.packbits(mask).tobytes())
+        digests: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(digests, digest.hexdigest())
+        if len(set(digests)) > 1:
+            self.remove()
+            raise PruneError(
+                "the processes of this distributed run hold different weights, so their masks differ; wrap the model in "
+                "DistributedDataParallel (which copies rank 0's weights) before calling the pruner, or load the same weights on each"
+            )
+
+
+class LevelPruner(TorchPruner):
+    """Level: the int(n * sparsity) entries of smallest magnitude of each weight."""
+
+    kind: ClassVar[str | None] = "level"
+
+
+class AGPPruner(TorchPruner):
+    """AGP (Zhu & Gupta 2017): level pruning whose sparsity rises along a cubic schedule."""
+
+    kind: ClassVar[str | None] = "agp"
+
+
+class SensitivityPruner(TorchPruner):
+    """Sensitivity (Han et al. 2015): thresholds in units of each weight's standard deviation."""
+
+    kind: ClassVar[str | None] = "sensitivity"

@@ -1,0 +1,87 @@
+"""The nets of `finetune.py` in torch, and how they are trained."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from _lenet import LeNet5, LeNet300100
+from onnxprune.converters.torch import AGPPruner
+from torch import nn
+from torch.nn import functional
+
+version = torch.__version__
+torch.set_num_threads(1)
+
+__all__ = ["AGPPruner", "accuracy", "load", "make", "trainer", "version", "weights"]
+
+
+class BiLSTM(nn.Module):
+    """A bidirectional LSTM over series [N, T, 12], the mean of its outputs, 9 classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(12, 64, batch_first=True, bidirectional=True)
+        self.fc = nn.Linear(128, 9)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.lstm(x)[0].mean(1))
+
+
+class AnimalCNN(nn.Module):
+    """Three convolutions and two linear layers on 28x28 silhouettes: 94,186 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
+        self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
+        self.conv3 = nn.Conv2d(32, 64, 3, padding=1)
+        self.fc1 = nn.Linear(576, 120)
+        self.fc2 = nn.Linear(120, 10)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = image / 255
+        for conv in (self.conv1, self.conv2, self.conv3):
+            x = functional.max_pool2d(functional.relu(conv(x)), 2)
+        return self.fc2(functional.relu(self.fc1(x.flatten(1))))
+
+
+NETS: dict[str, type[nn.Module]] = {
+    "lenet-300-100": LeNet300100,
+    "lenet5": LeNet5,
+    "bilstm": BiLSTM,
+    "animal-cnn": AnimalCNN,
+}
+
+
+def make(name: str, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return NETS[name]()
+
+
+def trainer(net: nn.Module) -> Callable[[Any, Any, float], None]:
+    """A function that takes one optimizer step (Adam) at a learning rate."""
+    optimizer = torch.optim.Adam(net.parameters())
+
+    def step(x: Any, y: Any, learning_rate: float) -> None:
+        optimizer.param_groups[0]["lr"] = learning_rate
+        optimizer.zero_grad()
+        functional.cross_entropy(net(torch.from_numpy(x)), torch.from_numpy(y)).backward()
+        optimizer.step()
+
+    return step
+
+
+def weights(net: nn.Module) -> dict[str, torch.Tensor]:
+    return copy.deepcopy(net.state_dict())
+
+
+def load(net: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    net.load_state_dict(state)
+
+
+def accuracy(net: nn.Module, x: Any, y: Any) -> float:
+    with torch.no_grad():
+        return float((net(torch.from_numpy(x.astype("float32"))).argmax(1).numpy() == y).mean())

@@ -1,0 +1,141 @@
+"""Fine-tune small nets while AGP prunes them, beside the dense net trained as long: the table of the README.
+
+    python models/finetune.py torch
+    python models/finetune.py keras
+    python models/finetune.py torch --nets lenet5 --seeds 0
+
+Per net and seed: train; then from the same weights once train on and once train on while pruning. Mean accuracy over
+the seeds and their spread are printed, beside the bar each net is held to. One thread, about 25 minutes a framework.
+
+The sparsities of the two LeNets are those of Han et al. 2015 ("Learning both Weights and Connections", tables 3 and
+4), layer by layer, so that one weight in twelve is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from _data import animal_mnist, augmented_batches, japanese_vowels, mnist
+from rich.console import Console
+from rich.table import Table
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Task:
+    """A net, its data and how much of which layer is pruned.
+
+    Attributes:
+        data: returns x_train, y_train, x_test, y_test first.
+        augmented: whether the images are turned, zoomed and moved.
+        sparsity: layer -> share to prune; "" stands for all other weights.
+        epochs: of training, and of fine-tuning.
+        bar: points of accuracy that pruning may cost.
+    """
+
+    data: Callable[[], Any]
+    augmented: bool
+    sparsity: dict[str, float]
+    epochs: tuple[int, int]
+    bar: float
+
+    def config_list(self) -> list[dict[str, Any]]:
+        """AGP from the first epoch of fine-tuning to half of it; the rest is for recovery."""
+        schedule = {"initial_sparsity": 0, "start_epoch": 0, "end_epoch": self.epochs[1] // 2, "frequency": 1}
+        return [
+            {**schedule, "final_sparsity": s, **({"op_names": [name]} if name else {"op_types": "default"})}
+            for name, s in sorted(self.sparsity.items())
+        ]
+
+
+TASKS = {
+    "lenet-300-100": Task(mnist, True, {"fc1": 0.922, "fc2": 0.91, "fc3": 0.74}, (30, 30), 0.3),
+    "lenet5": Task(mnist, True, {"conv1": 0.34, "conv2": 0.88, "fc1": 0.922, "fc2": 0.81}, (20, 20), 0.3),
+    "bilstm": Task(japanese_vowels, False, {"": 0.8}, (60, 60), 0.5),
+    "animal-cnn": Task(animal_mnist, True, {"": 0.9}, (12, 16), 0.5),
+}
+
+
+def batches(task: Task, x: Any, y: Any, rng: np.random.Generator) -> Any:
+    """One epoch of shuffled batches, the same ones for every framework."""
+    if task.augmented:
+        yield from augmented_batches(x, y, rng, BATCH)
+        return
+    order = rng.permutation(len(x))
+    for start in range(0, len(order), BATCH):
+        part = order[start : start + BATCH]
+        yield x[part], y[part]
+
+
+def rate(step: int, steps: int, peak: float) -> float:
+    """Learning rate: a short warm-up, then a cosine down to nothing."""
+    warm = max(1, steps // 20)
+    return peak * min(1.0, (step + 1) / warm) * 0.5 * (1 + float(np.cos(np.pi * step / steps)))
+
+
+def run(framework: Any, name: str, seed: int) -> tuple[float, float, float]:
+    """Accuracy of the dense and of the pruned net in percent, and how many times fewer weights are left."""
+    task = TASKS[name]
+    x, y, x_test, y_test = task.data()[:4]
+    first, second = task.epochs
+
+    def train(net: Any, epochs: int, peak: float, rng: np.random.Generator, pruner: Any = None) -> None:
+        steps = epochs * -(-len(x) // BATCH)
+        fit = framework.trainer(net)
+        step = 0
+        for epoch in range(epochs):
+            if pruner is not None:
+                pruner.update_epoch(epoch)
+            for images, labels in batches(task, x, y, rng):
+                fit(images, labels, rate(step, steps, peak))
+                step += 1
+
+    net = framework.make(name, seed)
+    train(net, first, 3e-3, np.random.default_rng(seed))
+    start = framework.weights(net)
+    train(net, second, 1e-3, np.random.default_rng(seed + 1000))
+    dense = framework.accuracy(net, x_test, y_test)
+
+    net = framework.make(name, seed)
+    framework.load(net, start)
+    pruner = framework.AGPPruner(task.config_list())
+    pruner(net)
+    train(net, second, 1e-3, np.random.default_rng(seed + 1000), pruner)
+    pruned = framework.accuracy(net, x_test, y_test)
+    return 100 * dense, 100 * pruned, 1 / (1 - pruner.sparsity)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("framework", choices=["torch", "keras"])
+    parser.add_argument("--nets", nargs="+", choices=sorted(TASKS), default=list(TASKS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    options = parser.parse_args()
+    framework = importlib.import_module(f"_nets_{options.framework}")
+    table = Table(title=f"fine-tuned in {options.framework} {framework.version}, seeds {options.seeds}")
+    for column in ("net", "weights left", "dense %", "pruned %", "difference", "bar", "met"):
+        table.add_column(column, justify="left" if column == "net" else "right")
+    for name in options.nets:
+        results = np.array([run(framework, name, seed) for seed in options.seeds])
+        dense, pruned, times = results.T
+        difference = float((pruned - dense).mean())
+        bar = TASKS[name].bar
+        cells = [name, f"1/{times.mean():.1f}", spread(dense), spread(pruned), f"{difference:+.2f}", f"-{bar}"]
+        table.add_row(*cells, "yes" if difference >= -bar else "no")
+        print(" | ".join([*cells, str(results.round(2).tolist())]), flush=True)
+    Console().print(table)
+
+
+def spread(values: Any) -> str:
+    """Mean, and the distance from it to the farthest seed."""
+    return f"{values.mean():.2f} ± {np.abs(values - values.mean()).max():.2f}"
+
+
+if __name__ == "__main__":
+    main()
