@@ -196,7 +196,7 @@ class _Matcher:
 
     def same_name(self, i: int, place: _Place) -> bool:
         ours, theirs = self.ours[i], self.theirs[place.theirs]
-        return ours.shape == theirs.shape and ours.weight.name == theirs.weight.name
+        return ours.shape == theirs.shape and theirs.weight.name in ours.weight.names
 
     def evidence(self, i: int, place: _Place) -> _Evidence:
         key = (i, place)

@@ -69,7 +69,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         rows = [{**asdict(row), "shape": list(row.shape), "sparsity": row.sparsity} for row in self.rows]
-        return {"weights": rows, "skipped": [asdict(s) for s in self.skipped], "size": self.size, "zeros": self.zeros, "sparsity": self.sparsity}
+        total = {"size": self.size, "zeros": self.zeros, "sparsity": self.sparsity}
+        return {"weights": rows, "skipped": [asdict(s) for s in self.skipped], **total}
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +184,7 @@ class AGPPruner(Pruner):
 
 
 class SensitivityPruner(Pruner):
-    """Sensitivity (Han et al. 2015): thresholds in units of each weight's standard deviation and measured sensitivity."""
+    """Sensitivity (Han et al. 2015): thresholds in units of each weight's spread and measured sensitivity."""
 
     kind = "sensitivity"
 
@@ -229,7 +230,9 @@ def prune(
     """
     if isinstance(config, Pruner):
         if any(o is not None for o in (pruner, score, pattern, allocation)):
-            raise PruneError("pruner, score, pattern and allocation belong to the pruner object; give them when making it")
+            raise PruneError(
+                "pruner, score, pattern and allocation belong to the pruner object; give them when making it"
+            )
         return config.prune(model, epoch=epoch, step=step, output=output, data=data, **options)
     checked = configuration.load(config, pruner=pruner, score=score, pattern=pattern, allocation=allocation)
     return run(model, checked, clock=Clock(epoch, step), output=output, data=data, **options)
@@ -265,7 +268,9 @@ def run(
         factors = trial.factors([w.name for _, chosen in config.assign(weights) for w in chosen])
     kept, misfits = decide(config, weights, clock, held, factors)
     governed = [w for w in weights if w.name in kept]
-    report = Report(tuple(row(w, kept[w.name]) for w in governed), (*misfits, *untouched))
+    told = {*kept, *(s.name for s in misfits)}
+    others = [Skipped(w.name, w.op_type, "the configuration leaves it out") for w in weights if w.name not in told]
+    report = Report(tuple(row(w, kept[w.name]) for w in governed), (*misfits, *others, *untouched))
     masks = Masks(kept)
     for weight in governed:
         edit(model, weight, masks)
@@ -342,7 +347,9 @@ def row(weight: Weight, keep: np.ndarray) -> Row:
 
 def _check_target(model: Model, target: Path, force: bool) -> None:
     if model.path is not None and target.exists() and os.path.samefile(model.path, target) and not force:
-        raise PruneError(f"the output '{target}' is the input itself; choose another name, or pass --force (force=True) to replace it")
+        raise PruneError(
+            f"the output '{target}' is the input itself; choose another name, or --force (force=True) to replace it"
+        )
     if target.is_dir():
         raise PruneError(f"the output '{target}' is a folder; give the name of a file in it")
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from onnxprune.api import Result
-    from onnxprune.graph.weights import Skipped
     from onnxprune.inspection import Inspection
     from onnxprune.runtime.benchmark import Benchmark
     from onnxprune.tables import Sizes
@@ -146,13 +145,12 @@ def prune(
             result.masks.save(masks)
         latency = None if no_benchmark or result.path is None else _latency(result.path, model, shapes, threads)
         sizes = _sizes(dense, result)
-    untouched = _untouched(dense, result)
     if as_json:
-        _print_json(_as_dict(model, result, sizes, latency, untouched))
+        _print_json(_as_dict(model, result, sizes, latency))
     else:
         from onnxprune import tables
 
-        _show(tables.pruned(result.report, untouched))
+        _show(tables.pruned(result.report))
         _show(tables.compared(sizes, result.evaluation, latency))
         _show(tables.verdict(result.sparsity, latency, result.path))
     if not result.accepted:
@@ -317,20 +315,8 @@ def _sizes(dense: Inspection, result: Result) -> Sizes:
     return Sizes(dense.parameters, dense.nonzero, nonzero, dense.file_bytes or 0, after)
 
 
-def _untouched(dense: Inspection, result: Result) -> list[Skipped]:
-    """Weights that no entry of the configuration prunes; those that none can prune are in the report."""
-    from onnxprune.graph.weights import Skipped
-
-    told = {row.name for row in result.report.rows} | {item.name for item in result.report.skipped}
-    reason = "the configuration leaves it out"
-    return [Skipped(w.name, w.op_types[0], reason) for w in dense.weights if w.name not in told]
-
-
-def _as_dict(
-    model: str, result: Result, sizes: Sizes, latency: Benchmark | str | None, untouched: list[Skipped]
-) -> dict[str, Any]:
+def _as_dict(model: str, result: Result, sizes: Sizes, latency: Benchmark | str | None) -> dict[str, Any]:
     report = result.report.to_dict()
-    report["skipped"] += [asdict(item) for item in untouched]
     return {
         "model": model,
         "output": None if result.path is None else str(result.path),

@@ -91,7 +91,7 @@ class Entry(BaseModel):
             if not chosen & set(weight.op_types):
                 return False
         if self.op_names is not None:
-            return any(fnmatchcase(name, pattern) or name == pattern for name in weight.names for pattern in self.op_names)
+            return any(_named(weight, pattern) for pattern in self.op_names)
         return True
 
     def final(self) -> float | None:
@@ -147,7 +147,9 @@ class _Scheduled(Entry):
         epochs = self.start_epoch is not None or self.end_epoch is not None
         steps = self.start_step is not None or self.end_step is not None
         if epochs and steps:
-            raise ValueError("a schedule counts epochs (start_epoch, end_epoch) or optimizer steps (start_step, end_step), not both")
+            raise ValueError(
+                "a schedule counts epochs (start_epoch, end_epoch) or optimizer steps (start_step, end_step), not both"
+            )
         if self.start_step is not None and self.end_step is None:
             raise ValueError("key 'end_step' is missing: the step of the last update")
         start, end = self.span
@@ -172,7 +174,7 @@ class AGPEntry(_Scheduled):
             raise ValueError("key 'final_sparsity' is missing: the sparsity to end at, from 0 to 1")
         self._check_pattern(self.final() or 0.0)
         if self.initial_sparsity > (self.final() or 0.0):
-            raise ValueError(f"initial_sparsity {self.initial_sparsity} is above the final sparsity {self.final()}: pruned weights never return")
+            raise ValueError(_falls(self.initial_sparsity, self.final()))
         return self
 
     def final(self) -> float | None:
@@ -194,13 +196,15 @@ class SensitivityEntry(_Scheduled):
         if self.exclude:
             return self
         if (self.sparsity is None) == (self.quality is None):
-            raise ValueError("exactly one of 'sparsity' (the total to reach) and 'quality' (the factor of the thresholds) is needed")
+            raise ValueError(
+                "exactly one of 'sparsity' (the total to reach) and 'quality' (the factor of the thresholds) is needed"
+            )
         if self.quality is not None and self.span != (0, 0):
             raise ValueError("a 'quality' has no schedule; give 'sparsity' to raise it step by step")
         if self.sparsity is not None:
             self._check_pattern(self.sparsity)
             if self.initial_sparsity > self.sparsity:
-                raise ValueError(f"initial_sparsity {self.initial_sparsity} is above the sparsity {self.sparsity}: pruned weights never return")
+                raise ValueError(_falls(self.initial_sparsity, self.sparsity))
         return self
 
     def final(self) -> float | None:
@@ -230,6 +234,9 @@ class Config(BaseModel):
         for index, entry in enumerate(self.entries):
             if not any(entry.matches(weight) for weight in weights):
                 raise PruneError(self._no_match(index, entry, weights))
+            for pattern in entry.op_names or ():
+                if not any(_named(weight, pattern) for weight in weights):
+                    raise PruneError(self._no_match(index, entry.model_copy(update={"op_names": (pattern,)}), weights))
         governed: dict[int, list[Any]] = {index: [] for index in range(len(self.entries))}
         for weight in weights:
             last = max((i for i, entry in enumerate(self.entries) if entry.matches(weight)), default=None)
@@ -238,7 +245,8 @@ class Config(BaseModel):
         return [(index, chosen) for index, chosen in governed.items() if chosen]
 
     def _no_match(self, index: int, entry: Entry, weights: list[Any]) -> str:
-        what = f"config entry {index + 1} ({_short(self.source[index])}) matches no weight"
+        name = f": the name '{entry.op_names[0]}'" if entry.op_names and len(entry.op_names) == 1 else ""
+        what = f"config entry {index + 1} ({_short(self.source[index])}){name} matches no weight"
         if not weights:
             return f"{what}: the model has no weights that can be pruned"
         types = sorted({t for w in weights for t in w.op_types})
@@ -254,8 +262,8 @@ def load(source: ConfigSource, **options: Any) -> Config:
     """Validate a configuration.
 
     Args:
-        source: a list of entries; a mapping with `config_list` and optionally `pruner`, `score`, `pattern`, `allocation`;
-            or the path of a YAML, JSON or TOML file with either.
+        source: a list of entries; a mapping with `config_list` and optionally `pruner`, `score`, `pattern` and
+            `allocation`; or the path of a YAML, JSON or TOML file with either.
         options: the mapping's other keys; they go before the mapping's, and after an entry's own. None is not given.
 
     Raises:
@@ -267,24 +275,36 @@ def load(source: ConfigSource, **options: Any) -> Config:
     mapping.update({key: value for key, value in options.items() if value is not None})
     known = {"pruner", "score", "pattern", "allocation", "config_list"}
     if unknown := mapping.keys() - known:
-        hint = " (an entry of a config list must stand in a list)" if unknown & {"sparsity", "op_types", "op_names", "final_sparsity"} else ""
+        entry = unknown & {"sparsity", "op_types", "op_names", "final_sparsity"}
+        hint = " (an entry of a config list must stand in a list)" if entry else ""
         raise PruneError(f"config key {_names(unknown)} is not known; expected {_names(known)}{hint}")
     pruner = str(mapping.pop("pruner", "level")).lower()
     if pruner not in ENTRIES:
         raise PruneError(f"pruner '{pruner}' is not known; expected {_names(ENTRIES)}")
     entries = mapping.pop("config_list", None)
     if not isinstance(entries, Sequence) or isinstance(entries, (str, bytes)) or not entries:
-        raise PruneError(f"a config list is a list with at least one entry such as {{'sparsity': 0.8, 'op_types': 'default'}}, not {entries!r}")
+        raise PruneError(f"a config list is a list with at least one entry such as {_EXAMPLE}, not {entries!r}")
     validated, sources = [], []
     for index, entry in enumerate(entries):
         if not isinstance(entry, Mapping):
-            raise PruneError(f"config entry {index + 1} is {entry!r}; expected a mapping such as {{'sparsity': 0.8, 'op_types': 'default'}}")
+            raise PruneError(f"config entry {index + 1} is {entry!r}; expected a mapping such as {_EXAMPLE}")
         try:
             validated.append(ENTRIES[pruner].model_validate({**mapping, **entry}))
         except ValidationError as error:
             raise PruneError(_explain(index, entry, pruner, error)) from None
         sources.append(dict(entry))
     return Config(pruner=pruner, entries=tuple(validated), source=sources)
+
+
+def _named(weight: Named, pattern: str) -> bool:
+    return any(name == pattern or fnmatchcase(name, pattern) for name in weight.names)
+
+
+_EXAMPLE = "{'sparsity': 0.8, 'op_types': 'default'}"
+
+
+def _falls(initial: float, final: float | None) -> str:
+    return f"initial_sparsity {initial} is above the final sparsity {final}: pruned weights never return"
 
 
 def _read(path: Path) -> Any:
@@ -307,13 +327,13 @@ def _explain(index: int, entry: Mapping[str, Any], pruner: str, error: Validatio
     for problem in error.errors(include_url=False):
         key = ".".join(str(part) for part in problem["loc"][:1])
         if problem["type"] == "extra_forbidden":
-            known = [k for k in ENTRIES[pruner].model_fields]
+            known = list(ENTRIES[pruner].model_fields)
             near = difflib.get_close_matches(key, known, 1)
-            parts.append(f"key '{key}' is not one of the {pruner} pruner's{f'; did you mean {near[0]!r}?' if near else f' ({_names(known)})'}")
-        elif key:
-            parts.append(f"key '{key}' has the value {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}")
+            hint = f"; did you mean '{near[0]}'?" if near else f" ({_names(known)})"
+            parts.append(f"key '{key}' is not one of the {pruner} pruner's{hint}")
         else:
-            parts.append(problem["msg"].removeprefix("Value error, "))
+            what = f"key '{key}' has the value {problem['input']!r}: " if key else ""
+            parts.append(what + problem["msg"].removeprefix("Value error, "))
     return f"config entry {index + 1} ({_short(entry)}): {'; '.join(parts)}"
 
 

@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 from onnx.external_data_helper import ExternalDataInfo
 
-from onnxprune import macs
+from onnxprune.graph import macs
 from onnxprune.graph.model import Model, ModelSource, external_tensors, load
 from onnxprune.graph.weights import FLOATS, INTEGERS, Skipped, Weight, find
 from onnxprune.runtime import feeds
@@ -156,7 +156,7 @@ def inspect(model: ModelSource, shapes: Mapping[str, Sequence[int]] | None = Non
     weights, skipped = find(loaded)
     inputs = [_model_input(value, graph) for value in graph.inputs if isinstance(value.type, ir.TensorType)]
     required = [value for value in inputs if value.required]
-    sizes, notes = feeds._resolve_shapes(required, dict(shapes or {}))
+    sizes, notes = feeds.resolve_shapes(required, dict(shapes or {}))
     undeclared = {str(v.name) for v in graph.inputs if v.shape is None} - (shapes or {}).keys()
     sizes = {name: shape for name, shape in sizes.items() if name not in undeclared}
     zeros = {weight.name: weight.size - int(np.count_nonzero(weight.values())) for weight in weights}

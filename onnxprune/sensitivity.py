@@ -21,7 +21,13 @@ LEVELS = (0.3, 0.6, 0.9)
 
 
 def measure(
-    source: ModelSource, names: Sequence[str], dataset: Dataset, dense: Session, *, metric: Any = None, threads: int | None = None
+    source: ModelSource,
+    names: Sequence[str],
+    dataset: Dataset,
+    dense: Session,
+    *,
+    metric: Any = None,
+    threads: int | None = None,
 ) -> dict[str, list[float]]:
     """Prune each weight alone at a few levels by magnitude and measure what is lost.
 
@@ -38,7 +44,8 @@ def measure(
         dense model from 1.
     """
     losses: dict[str, list[float]] = {name: [] for name in names}
-    with Progress(console=Console(stderr=True), transient=True, disable=not Console(stderr=True).is_terminal) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("measuring sensitivity", total=len(names) * len(LEVELS))
         for name in names:
             for level in LEVELS:
@@ -59,7 +66,7 @@ def factors(losses: dict[str, list[float]]) -> dict[str, float]:
 
 
 def loss(evaluation: Evaluation) -> float:
-    """What a model lost against its baseline: the metric's drop or, without labels, 1 - agreement (top-1, else cosine)."""
+    """What a model lost: the metric's drop or, without labels, 1 - agreement with the baseline (top-1, else cosine)."""
     if evaluation.drop is not None:
         return evaluation.drop
     agreement = evaluation.agreement

@@ -47,7 +47,7 @@ class Sizes:
     bytes: int | None
 
 
-def pruned(report: Report, untouched: Sequence[Skipped]) -> Iterator[RenderableType]:
+def pruned(report: Report) -> Iterator[RenderableType]:
     """What was zeroed, per weight and in total, and what was left alone."""
     table = _table("weight", "operator", "shape", right=("entries", "zeros", "sparsity"))
     for row in report.rows:
@@ -60,7 +60,7 @@ def pruned(report: Report, untouched: Sequence[Skipped]) -> Iterator[RenderableT
     zeros = f"{before:,} → {report.zeros:,}"
     table.add_row(*_bold("total", "", "", f"{report.size:,}", zeros, percent(report.sparsity)))
     yield table
-    yield from left_alone((*report.skipped, *untouched))
+    yield from left_alone(report.skipped)
 
 
 def compared(

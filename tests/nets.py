@@ -15,7 +15,7 @@ HEADER = '<ir_version: 10, opset_import: ["": {opset}, "com.microsoft": 1, "own"
 
 
 def pi(*shape: int, dtype: object = np.float32, offset: object = 0) -> np.ndarray:
-    """1, 2 and 3 with alternating signs, after the digits of pi: exact in every type, full of ties, and never zero.
+    """1 and 2 with alternating signs, after the digits of pi: exact in every type, full of ties, and never zero.
 
     Args:
         shape: of the array.
@@ -24,7 +24,7 @@ def pi(*shape: int, dtype: object = np.float32, offset: object = 0) -> np.ndarra
     """
     count = int(np.prod(shape))
     digits = np.array([int(c) for c in (PI * (count // len(PI) + 1))[:count]])
-    signed = (digits % 3 + 1) * np.where(np.arange(count) % 2, -1, 1)
+    signed = (digits % 2 + 1) * np.where(np.arange(count) % 2, -1, 1)
     return (signed.reshape(shape) + offset).astype(dtype)
 
 

@@ -235,12 +235,12 @@ def test_benchmark_json(run: Run, model: Path) -> None:
 
 @pytest.mark.parametrize("verb", ["inspect", "evaluate", "benchmark"])
 def test_verbs_as_text(run: Run, model: Path, data: Path, verb: str) -> None:
-    options: list[object] = {
+    options: dict[str, list[object]] = {
         "inspect": [],
         "evaluate": ["--data", data, "--baseline", model],
         "benchmark": ["--runs", "4"],
-    }[verb]
-    status, out, err = run(verb, model, *options)
+    }
+    status, out, err = run(verb, model, *options[verb])
     assert (status, err) == (0, "")
     wanted = {"inspect": "48", "evaluate": "accuracy (top-1)", "benchmark": "Latency"}[verb]
     assert wanted in out
@@ -306,6 +306,19 @@ def test_options_are_the_interfaces(run: Run, model: Path, tmp_path: Path, case:
     assert (status, err) == (0, "")
     expected = onnxprune.prune(model, config, **keywords)
     assert json.loads(out)["report"]["weights"] == expected.report.to_dict()["weights"]
+
+
+def test_epoch_is_where_the_schedule_is(run: Run, model: Path, tmp_path: Path) -> None:
+    entry = {"final_sparsity": 0.8, "start_epoch": 1, "end_epoch": 10}
+    config = tmp_path / "agp.json"
+    config.write_text(json.dumps({"pruner": "agp", "config_list": [entry]}))
+    status, out, _ = run(
+        "prune", model, "-o", tmp_path / "p.onnx", "--config", config, "--epoch", "4", "--no-benchmark", "--json"
+    )
+    assert status == 0
+    expected = onnxprune.AGPPruner([entry]).prune(model, epoch=4)
+    assert 0 < expected.sparsity < 0.7
+    assert json.loads(out)["report"] == expected.report.to_dict()
 
 
 def test_a_pattern_says_its_own_sparsity(run: Run, model: Path, tmp_path: Path) -> None:

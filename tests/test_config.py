@@ -156,6 +156,7 @@ def test_files_that_cannot_be_parsed(tmp_path, name, text):
     [
         ({"sparsity": 0.5, "op_types": ["Conv3D"]}, ["entry 2", "types present: Conv, Embedding, FusedConv, Gemm, LSTM, MatMul"]),
         ({"sparsity": 0.5, "op_names": ["fc1.wieght"]}, ["entry 2", "nearest names: fc1.weight"]),
+        ({"sparsity": 0.5, "op_names": ["fc1", "fc3"]}, ["entry 2", "the name 'fc3' matches no weight", "nearest names"]),
         ({"exclude": True, "op_names": ["cnv1"]}, ["entry 2", "nearest names", "conv1"]),
         ({"sparsity": 0.5, "op_types": []}, ["entry 2", "matches no weight"]),
     ],

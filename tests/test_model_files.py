@@ -1,130 +1,26 @@
-"""Files in and out: sources stay as they are, external data stays external, a save is all or nothing."""
+"""Files in and out: sources stay as they are, external data stays external, files grow by next to nothing."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-import stat
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from nets import feeds, parse, tensors
+from model_files import HALF, LAYOUTS, many_small, net, places, run, stored, tree, typed, values, write_external
+from nets import parse
 from onnx import TensorProto, numpy_helper
 
 import onnxprune
 from onnxprune import PruneError, inspect, prune
-from onnxprune.graph.model import load
-
-HALF = [{"sparsity": 0.5}]
-
-
-def values(*shape: int, dtype: object = np.float32, seed: int = 0) -> np.ndarray:
-    return (np.random.default_rng(seed).standard_normal(shape) * 20).astype(dtype)
-
-
-def net() -> onnx.ModelProto:
-    """Weights of four types, a shape and a bias; every tensor above a few bytes can live in a file."""
-    model = parse(
-        """(float[1, 3, 8, 8] x) => (float[1, 6] y, float[1, 5] z)
-        <float s = {0.1}, int8 zero = {0}> {
-            a = Conv(x, conv, bias) b = Reshape(a, flat)
-            c = Cast<to = 1>(half) d = MatMul(b, c)
-            e = DequantizeLinear(quantised, s, zero) f = MatMul(d, e)
-            g = Cast<to = 1>(brain) y = MatMul(f, g)
-            k = Constant<value = float[1] {0}>() z = Gemm(y, k) }""",
-        conv=values(4, 3, 3, 3),
-        bias=values(4, seed=1),
-        flat=np.array([1, 144]),
-        half=values(144, 9, dtype=np.float16, seed=2),
-        quantised=values(9, 7, dtype=np.int8, seed=3),
-        brain=values(7, 6, dtype=ml_dtypes.bfloat16, seed=4),
-    )
-    constant = next(n for n in model.graph.node if n.op_type == "Constant").attribute[0]
-    constant.t.CopyFrom(numpy_helper.from_array(values(6, 5, seed=5), "k"))
-    return model
-
-
-def stored(model: onnx.ModelProto) -> dict[str, bytes]:
-    """The raw bytes of every tensor of a model with its data inside."""
-    return {name: ir.serde.TensorProtoTensor(tensor).tobytes() for name, tensor in tensors(model)}
-
-
-def places(path: Path) -> dict[str, tuple[str, int, int]]:
-    """Where a model file says its tensors are: file, offset, length."""
-    out = {}
-    for name, tensor in tensors(onnx.load(path, load_external_data=False)):
-        if tensor.data_location == TensorProto.EXTERNAL:
-            told = {entry.key: entry.value for entry in tensor.external_data}
-            assert told.keys() == {"location", "offset", "length"}
-            out[name] = (told["location"], int(told["offset"]), int(told["length"]))
-    return out
-
-
-def run(path: Path, model: onnx.ModelProto) -> list[bytes]:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
-    return [output.tobytes() for output in session.run(None, feeds(model))]
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """Every file under a folder with the hash of its bytes."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
 
 # ------------------------------------------------------------------ external data
-
-Layout = Callable[[int, str], str]
-
-LAYOUTS: dict[str, Layout] = {
-    "one file": lambda index, name: "weights.bin",
-    "a file for each tensor": lambda index, name: f"{name}.bin",
-    "two files": lambda index, name: f"part{index % 2}",
-    "a sub-folder": lambda index, name: "data/deep/weights.bin",
-    "files of one name": lambda index, name: f"{index % 3}/weights.bin",
-    "the exporter's name": lambda index, name: "model.onnx.data",
-    "spelt in two ways": lambda index, name: "weights.bin" if index % 2 else "./weights.bin",
-}
-
-
-def write_external(model: onnx.ModelProto, path: Path, layout: Layout) -> Path:
-    """Save a model with its data in files, at odd offsets, with other bytes between and behind."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    for index, (name, tensor) in enumerate(tensors(copy)):
-        if tensor.data_type == TensorProto.INT64:  # onnxruntime wants to see shapes
-            continue
-        content = ir.serde.TensorProtoTensor(tensor).tobytes()
-        file = path.parent / layout(index, name)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "ab") as out:
-            out.write(bytes([0xA5]) * (index * 3 + 1))
-            offset = out.tell()
-            out.write(content)
-            out.write(bytes([0x5A]) * (index + 2))
-        for field in ("raw_data", "float_data", "int32_data", "int64_data"):
-            tensor.ClearField(field)
-        tensor.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", layout(index, name)), ("offset", offset), ("length", len(content))):
-            tensor.external_data.add(key=key, value=str(value))
-    path.write_bytes(copy.SerializeToString())
-    return path
 
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["same folder", "another folder"])
@@ -246,7 +142,7 @@ def test_a_target_cannot_name_files_to_remove(tmp_path: Path) -> None:
     hostile = onnx.ModelProto.FromString(model.SerializeToString())
     for tensor, place in zip(
         hostile.graph.initializer,
-        ("pruned.onnx./../../keep.data", "../keep.data", "other.data", str(tmp_path / "keep.data")),
+        ("pruned.onnx.data/../../keep.data", "../keep.data", "other.data", str(tmp_path / "keep.data")),
         strict=False,
     ):
         tensor.ClearField("raw_data")
@@ -256,7 +152,7 @@ def test_a_target_cannot_name_files_to_remove(tmp_path: Path) -> None:
     folder.mkdir()
     (tmp_path / "keep.data").write_text("keep")
     (folder / "other.data").write_text("keep")
-    (folder / "pruned.onnx.").mkdir()
+    (folder / "pruned.onnx.data").mkdir()
     onnx.save(hostile, folder / "pruned.onnx")
     prune(model, HALF, folder / "pruned.onnx")
     assert (tmp_path / "keep.data").exists()
@@ -293,20 +189,23 @@ def test_tensors_that_share_bytes_part_where_they_must(config: list[dict], grows
     assert {name: tree(tmp_path)[name] for name in before} == before
 
 
-def test_tensors_that_overlap_in_part(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spared", ["v", "w", "none"])
+@pytest.mark.parametrize("starts", [(0, 32), (32, 0), (0, 0)], ids=str)
+def test_tensors_that_overlap(starts: tuple[int, int], spared: str, tmp_path: Path) -> None:
+    config = [*HALF, {"op_names": spared, "exclude": True}][: 1 if spared == "none" else 2]
     model = two_names(same=False)
     flat = values(96)
     flat.tofile(tmp_path / "d.bin")
-    for tensor, start in zip(model.graph.initializer, (0, 32), strict=True):
+    for tensor, start in zip(model.graph.initializer, starts, strict=True):
         tensor.CopyFrom(numpy_helper.from_array(flat[start : start + 64].reshape(8, 8), tensor.name))
-    twin = prune(model, HALF)
-    for tensor, start in zip(model.graph.initializer, (0, 32), strict=True):
+    twin = prune(model, config)
+    for tensor, start in zip(model.graph.initializer, starts, strict=True):
         tensor.ClearField("raw_data")
         tensor.data_location = TensorProto.EXTERNAL
         for key, value in (("location", "d.bin"), ("offset", start * 4)):
             tensor.external_data.add(key=key, value=str(value))
     onnx.save(model, tmp_path / "model.onnx")
-    result = prune(tmp_path / "model.onnx", HALF, tmp_path / "pruned.onnx")
+    result = prune(tmp_path / "model.onnx", config, tmp_path / "pruned.onnx")
     assert stored(onnx.load(result.path)) == stored(twin.to_proto())
 
 
@@ -398,252 +297,7 @@ def test_the_same_input_makes_the_same_bytes(tmp_path: Path) -> None:
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
 
-# ------------------------------------------------------------------ all or nothing
-
-
-@pytest.fixture
-def target(tmp_path: Path) -> Path:
-    """A model with external data that a failing save must leave alone."""
-    folder = tmp_path / "target"
-    folder.mkdir()
-    return write_external(net(), folder / "out.onnx", lambda index, name: "out.onnx.data")
-
-
-SOURCES = {
-    "inline": lambda path: onnx.save(net(), path) or path,
-    "external": lambda path: write_external(net(), path, LAYOUTS["two files"]),
-}
-
-
-OPERATIONS = (
-    (os, "fsync"),
-    (os, "replace"),
-    (shutil, "copyfile"),
-    (shutil, "copymode"),
-    (Path, "write_bytes"),
-    (tempfile, "mkdtemp"),
-)
-
-
-@pytest.mark.parametrize("kind", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "stopped"])
-@pytest.mark.parametrize("source", SOURCES)
-def test_a_failure_at_any_call(
-    source: str, kind: BaseException, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each operation on files fails in turn: the target is the old model or, after the rename, the new one."""
-    path = SOURCES[source](tmp_path / "model.onnx")
-    expected = stored(prune(net(), HALF).to_proto())
-    before = tree(tmp_path)
-    clean = shutil.copytree(target.parent, tmp_path.with_name(f"{tmp_path.name}-clean"))
-    left = 0
-
-    def armed(function: Callable) -> Callable:
-        def wrapper(*args: object, **kwargs: object) -> object:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                raise kind
-            return function(*args, **kwargs)
-
-        return wrapper
-
-    for owner, name in OPERATIONS:
-        monkeypatch.setattr(owner, name, armed(getattr(owner, name)))
-    failed = 0
-    for failing in range(1, 100):
-        left = failing
-        told = ""
-        try:
-            prune(path, HALF, target)
-        except (PruneError, KeyboardInterrupt) as error:
-            told = str(error) or "stopped"
-        if left > 0:
-            break
-        left = 0
-        failed += bool(told)
-        now = tree(tmp_path)
-        if now["target/out.onnx"] == before["target/out.onnx"]:
-            assert now == before
-            assert told == "stopped" or "No space left on device; make room" in told
-        else:
-            assert {name: now[name] for name in before if "target" not in name}.items() <= before.items()
-            assert stored(onnx.load(target)) == expected
-            assert told in ("", "stopped")
-            shutil.rmtree(target.parent)
-            shutil.copytree(clean, target.parent)
-    assert failed >= 5
-
-
-LIMITED = """
-import resource, sys
-import onnxprune
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))
-try:
-    onnxprune.prune(sys.argv[1], [{"sparsity": 0.5}], sys.argv[2])
-except onnxprune.PruneError as error:
-    print(error)
-"""
-
-
-@pytest.mark.parametrize("limit", [0, 1000, 1500])
-@pytest.mark.parametrize("source", SOURCES)
-def test_a_limit_on_file_sizes(source: str, limit: int, target: Path, tmp_path: Path) -> None:
-    path = SOURCES[source](tmp_path / "model.onnx")
-    before = tree(tmp_path)
-    told = subprocess.run(
-        [sys.executable, "-c", LIMITED, path, target, str(limit)], capture_output=True, text=True, check=True
-    )
-    assert f"cannot write '{target}': File too large" in told.stdout
-    assert tree(tmp_path) == before
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True, check=False
-    )
-    if not mounted or mounted.returncode:
-        pytest.skip("file systems cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
-@pytest.mark.parametrize("external", [False, True], ids=["inline", "external"])
-def test_a_full_disk(external: bool, small_disk: Path, tmp_path: Path) -> None:
-    model = parse("(float[2, 160] x) => (float[2, 160] y) { y = MatMul(x, w) }", w=values(160, 160))
-    path = tmp_path / "model.onnx"
-    write_external(model, path, LAYOUTS["one file"]) if external else onnx.save(model, path)
-    target = small_disk / "out.onnx"
-    onnx.save(net(), target)
-    before = tree(small_disk)
-    with pytest.raises(PruneError, match=r"cannot write '.*out\.onnx': No space left on device; make room"):
-        prune(path, HALF, target)
-    assert tree(small_disk) == before
-    assert os.listdir(small_disk) == ["out.onnx"]
-
-
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    folder = Path("/sys/kernel") if os.geteuid() == 0 else tmp_path / "locked"
-    if os.geteuid() == 0 and not folder.is_dir():
-        pytest.skip("root writes everywhere here")
-    if os.geteuid() != 0:
-        folder.mkdir(0o500)
-    with pytest.raises(PruneError, match=r"cannot write '.*/out\.onnx': .*(not permitted|denied|Read-only)"):
-        prune(net(), HALF, folder / "out.onnx")
-
-
-def test_an_exception_while_the_staged_model_runs(target: Path, tmp_path: Path) -> None:
-    before = tree(tmp_path)
-    model = load(net())
-
-    def stumble(kind: type[BaseException]) -> None:
-        with model.stage(target) as staged:
-            assert run(staged.path, net())
-            assert staged.path.parent.parent == target.parent
-            raise kind
-
-    for kind in (OSError, KeyboardInterrupt, ZeroDivisionError):
-        with pytest.raises(kind):
-            stumble(kind)
-        assert tree(tmp_path) == before
-
-
-def test_uncommitted_is_undone(target: Path, tmp_path: Path) -> None:
-    before = tree(tmp_path)
-    with load(target).stage(tmp_path / "new.onnx") as staged:
-        assert staged.size == sum(p.stat().st_size for p in staged.path.parent.iterdir())
-    assert tree(tmp_path) == before
-    with load(target).stage(None) as staged:
-        assert run(staged.path, net())
-        folder = staged.path.parent
-    assert not folder.exists()
-
-
-def test_a_data_file_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
-    path = write_external(net(), tmp_path / "model.onnx", LAYOUTS["one file"])
-    with load(path).stage(tmp_path / "out.onnx") as staged:
-        (tmp_path / "out.onnx.data").write_text("another run's")
-        with pytest.raises(PruneError, match=r"'out\.onnx\.data' appeared in its folder meanwhile; run again"):
-            staged.commit()
-    assert sorted(os.listdir(tmp_path)) == ["model.onnx", "out.onnx.data", "weights.bin"]
-    assert (tmp_path / "out.onnx.data").read_text() == "another run's"
-
-
-def test_a_link_as_target_stays_a_link(tmp_path: Path) -> None:
-    (tmp_path / "real").mkdir()
-    os.symlink("real/out.onnx", tmp_path / "link.onnx")
-    source = write_external(net(), tmp_path / "model.onnx", LAYOUTS["one file"])
-    for _ in range(2):  # dangling at first
-        prune(source, HALF, tmp_path / "link.onnx")
-        assert (tmp_path / "link.onnx").is_symlink()
-        assert stored(onnx.load(tmp_path / "real/out.onnx")) == stored(prune(net(), HALF).to_proto())
-    assert len(os.listdir(tmp_path / "real")) == 2
-
-
-@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
-def test_permissions(mask: int, tmp_path: Path) -> None:
-    """New files as any program makes them; a replaced file's stay, and hold for the data beside it."""
-    source = write_external(net(), tmp_path / "model.onnx", LAYOUTS["one file"])
-    (tmp_path / "old.onnx").write_text("something")
-    (tmp_path / "old.onnx").chmod(0o640)
-    old = os.umask(mask)
-    try:
-        for name in ("new", "old"):
-            prune(source, HALF, tmp_path / f"{name}.onnx")
-        prune(net(), HALF).masks.save(tmp_path / "masks.npz")
-    finally:
-        os.umask(old)
-    modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in tmp_path.iterdir()}
-    assert modes["new.onnx"] == modes["new.onnx.data"] == modes["masks.npz"] == 0o666 & ~mask
-    assert modes["old.onnx"] == modes["old.onnx.data"] == 0o640
-
-
 # ------------------------------------------------------------------ size and record
-
-
-def typed(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy with every tensor in the typed field of its type instead of raw_data."""
-    copy = onnx.ModelProto.FromString(model.SerializeToString())
-    for _, tensor in tensors(copy):
-        array = numpy_helper.to_array(tensor)
-        if array.dtype.itemsize == 2:
-            flat = array.reshape(-1).view(np.uint16).astype(np.int32).tolist()
-            tensor.ClearField("raw_data")
-            tensor.int32_data.extend(flat)
-        else:
-            tensor.CopyFrom(onnx.helper.make_tensor(tensor.name, tensor.data_type, tensor.dims, array.reshape(-1)))
-    assert not any(tensor.HasField("raw_data") for _, tensor in tensors(copy))
-    return copy
-
-
-def many_small() -> onnx.ModelProto:
-    model = parse("(float[2, 3] x) => (float[2, 3] y) { y = Identity(x) }")
-    del model.graph.node[:]
-    last = "x"
-    for index in range(300):
-        if index % 3 == 0:
-            model.graph.initializer.append(numpy_helper.from_array(values(3, 3, seed=index), f"w{index}"))
-        elif index % 3 == 1:
-            array = numpy_helper.from_array(values(3, 3, seed=index))
-            model.graph.node.append(onnx.helper.make_node("Constant", [], [f"w{index}"], value=array))
-        else:
-            flat = values(3, 3, seed=index).reshape(-1).tolist()
-            model.graph.node.extend(
-                [
-                    onnx.helper.make_node("Constant", [], [f"f{index}"], value_floats=flat),
-                    onnx.helper.make_node("Reshape", [f"f{index}", "shape"], [f"w{index}"]),
-                    onnx.helper.make_node("Constant", [], [f"one{index}"], value_floats=[1.0]),
-                    onnx.helper.make_node("Mul", [last, f"one{index}"], [f"m{index}"]),
-                ]
-            )
-            last = f"m{index}"
-        model.graph.node.append(onnx.helper.make_node("MatMul", [last, f"w{index}"], [f"y{index}"]))
-        last = f"y{index}"
-    model.graph.initializer.append(numpy_helper.from_array(np.array([3, 3]), "shape"))
-    model.graph.node.append(onnx.helper.make_node("Identity", [last], ["y"]))
-    return model
 
 
 SIZES: dict[str, Callable[[], onnx.ModelProto]] = {

@@ -215,6 +215,18 @@ SILENT = {
     "a float vector": parse("(int64 i) => (float y) { y = Gather(T, i) }", T=pi(5)),
     "a computed table": parse("(int64 i) => (float[4] y) { U = Add(T, T) y = Gather(U, i) }", T=pi(5, 4)),
     "a bool matrix": parse("(int64 i) => (bool[4] y) { y = Gather(T, i) }", T=pi(5, 4) > 0),
+    "a state that a Loop changes": parse(
+        """(float[2,3] x) => (float[3,3] z, float[2,2,3] y) {
+        c = Constant<value=bool {1}>() n = Constant<value=int64 {2}>()
+        z, y = Loop(n, c, W) <body = b (int64 i, bool c0, float[3,3] w) => (bool c1, float[3,3] w1, float[2,3] k)
+        { c1 = Identity(c0) k = MatMul(x, w) w1 = Transpose(w) }> }""",
+        W=pi(3, 3),
+    ),
+    "what a Scan cuts": parse(
+        """(float[2,3] x) => (float[5,2,4] y) { y = Scan<num_scan_inputs=1,
+        body = b (float[3,4] w) => (float[2,4] k) { k = MatMul(x, w) }>(W) }""",
+        W=pi(5, 3, 4),
+    ),
     "norms and biases": parse(
         "(float[2,4] x) => (float[2,4] y) { n = LayerNormalization(x, g, b) y = Add(n, b) }", g=pi(4), b=pi(4)
     ),

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from onnxprune.converters.tensorflow.pruners import KerasPruner
+from .pruners import TensorFlowPruner
 
 
 class Pruning(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no types
@@ -19,7 +19,8 @@ class Pruning(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no t
         pruner: a pruner of this package.
     """
 
-    def __init__(self, pruner: KerasPruner) -> None:
+    def __init__(self, pruner: TensorFlowPruner) -> None:
+        """Nothing happens before `fit`."""
         super().__init__()
         self.pruner = pruner
         self._steps: int | None = None
@@ -39,7 +40,7 @@ class Pruning(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no t
         self.pruner.update_epoch(epoch)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Pass on the optimizer steps taken, which gradient accumulation and steps_per_execution make differ from batches."""
+        """Pass on the optimizer steps: gradient accumulation and steps_per_execution make them differ from batches."""
         if not self.pruner.counts_steps:
             return
         taken = self._taken()

@@ -62,7 +62,9 @@ def check_operators(proto: onnx.ModelProto) -> None:
     nodes = {node.op_type for graph in graphs(proto) for node in graph.node if node.domain in ("", "ai.onnx")}
     foreign = sorted(op for op in nodes if not onnx.defs.has(op, OPSET))
     if foreign:
-        raise PruneError(f"tf2onnx has no ONNX for the TensorFlow operators {', '.join(foreign)}; replace the layers that use them")
+        raise PruneError(
+            f"tf2onnx has no ONNX for the TensorFlow operators {', '.join(foreign)}; replace the layers that use them"
+        )
 
 
 def rename(graph: onnx.GraphProto, table: Mapping[str, str]) -> None:
@@ -77,7 +79,7 @@ def rename(graph: onnx.GraphProto, table: Mapping[str, str]) -> None:
 
 
 def hoist(graph: onnx.GraphProto) -> None:
-    """Let a Loop's body read from outside what it only hands on: a recurrent weight then feeds its operator directly."""
+    """Let a Loop's body read from outside what it only hands on: a recurrent weight then feeds its operator."""
     for inner in _subgraphs(graph):
         hoist(inner)
     for node in graph.node:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,18 +20,27 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Exported:
-    """A file written: where, its share of zeros over the pruned weights, and how far onnxruntime is from the framework.
+    """A file that was written and holds what was asked.
 
-    `error` is the largest difference of any output, in units of that output's largest magnitude.
+    Attributes:
+        path: the file.
+        difference: largest difference between onnxruntime and the framework, as a share of the output's largest
+            magnitude.
+        sparsity: share of zeros over the weights that are pruned.
+        zeros: number of these zeros.
     """
 
     path: Path
+    difference: float
     sparsity: float
-    error: float
+    zeros: int
 
     def __str__(self) -> str:
         """One line for a log."""
-        return f"'{self.path}': sparsity {self.sparsity:.4f}, onnxruntime within {self.error:.1e} of the framework"
+        return (
+            f"'{self.path}': sparsity {self.sparsity:.4f} ({self.zeros} zeros), "
+            f"onnxruntime within {self.difference:.1e} of the framework"
+        )
 
 
 def deploy(
@@ -42,6 +51,7 @@ def deploy(
     feeds: Mapping[str, np.ndarray],
     expected: Sequence[np.ndarray],
     tolerance: float = TOLERANCE,
+    record: Callable[[Model], None] | None = None,
 ) -> Exported:
     """Check an exported model and write it: beside the target first, then renamed.
 
@@ -53,6 +63,7 @@ def deploy(
         feeds: an example for each input of the graph.
         expected: the framework's outputs for it, in the graph's order.
         tolerance: largest difference allowed, in units of an output's largest magnitude.
+        record: writes into the model what is to be known about it.
 
     Raises:
         PruneError: a pruned entry is not 0 in the file, or onnxruntime computes something else; nothing is written.
@@ -62,19 +73,21 @@ def deploy(
     model = load(proto)
     pruned = [w for w in weights if w.name in kept]
     check_zeros(model, pruned, kept)
+    if record is not None:
+        record(model)
     with model.stage(Path(path)) as staged:
         results = open_session(staged.path, threads=1, label="the exported model").run(dict(feeds))
-        error = max((difference(a, b) for a, b in zip(results, expected, strict=True)), default=0.0)
-        if not error <= tolerance:
+        apart = max((difference(a, b) for a, b in zip(results, expected, strict=True)), default=0.0)
+        if not apart <= tolerance:
             raise PruneError(
-                f"the exported model computes something else than the framework: outputs differ by {error:.2g} of their largest "
-                f"magnitude, {tolerance:.1g} is allowed; '{path}' was not written. Give example inputs as they occur in use; "
-                "if it differs on them as well, the exporter changed the model"
+                f"the exported model computes something else than the framework: outputs differ by {apart:.2g} of "
+                f"their largest magnitude, {tolerance:.1g} is allowed; '{path}' was not written. Give example inputs "
+                "as they occur in use; if it differs on them as well, the exporter changed the model"
             )
         written = staged.commit()
     size = sum(w.size for w in pruned)
     zeros = sum(int(np.count_nonzero(w.values() == 0)) for w in pruned)
-    return Exported(written, zeros / size if size else 0.0, error)
+    return Exported(written, apart, zeros / size if size else 0.0, zeros)
 
 
 def difference(result: np.ndarray, expected: np.ndarray) -> float:
@@ -99,7 +112,6 @@ def check_zeros(model: Model, weights: Iterable[Weight], kept: Mapping[str, np.n
         PruneError: naming the weight whose pattern is missing.
     """
     rows: Counter[bytes] = Counter()
-    blank: Counter[int] = Counter()
     for found in find(model)[0]:
         patterns = _rows(found.values() == 0)
         rows.update(pattern.tobytes() for pattern in patterns)
@@ -111,13 +123,12 @@ def check_zeros(model: Model, weights: Iterable[Weight], kept: Mapping[str, np.n
         wanted = Counter(pattern.tobytes() for pattern in _rows(zero))
         missing = wanted - rows
         rows -= wanted
-        lost = missing.total() if hasattr(missing, "total") else sum(missing.values())
-        if lost:
+        if lost := sum(missing.values()):
             raise PruneError(
-                f"weight '{weight.name}' {list(weight.shape)} is not in the exported model with its zeros: {lost} of {len(zero)} "
-                "outputs have another pattern there; the exporter merged it with something that is not pruned"
+                f"weight '{weight.name}' {list(weight.shape)} is not in the exported model with its zeros: {lost} of "
+                f"{len(zero)} outputs have another pattern there; the exporter merged it with something that is not "
+                "pruned, or the model does not use it"
             )
-    del blank
 
 
 def _rows(zero: np.ndarray) -> np.ndarray:

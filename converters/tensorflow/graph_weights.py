@@ -259,29 +259,31 @@ class _Search:
         if len(constant) > 1:
             trained = [k for k in constant if self.behind[op.inputs[k].op.name] & self.trainable]  # type: ignore[operator]
             constant = trained if len(trained) == 1 else constant
+        several = f"both operands of {op.type} '{op.name}' are variables" if len(constant) > 1 else ""
         gradient = _is_gradient(self.graph, op)
         for k in constant:
             kind, operand, layout = operands[k]
+            edges: list[tuple[Any, Any, int]] = []
             try:
-                if len(constant) > 1:
-                    raise _Untraceable(f"both operands of {op.type} '{op.name}' are variables")
-                edges: list[tuple[Any, Any, int]] = []
                 traced = self._expression(op, k, edges)
-                expression = ex.Move(layout(), (traced,))
-                use = self._use(op, kind, operand, expression)
+                use = self._use(op, kind, operand, ex.Move(layout(), (traced,)))
+                for variable, reader, index in edges:
+                    found = self._of(variable)
+                    found.edges[reader.name, index] = (reader, index)
+                    if not gradient and not several and use not in found.uses:
+                        found.uses.append(use)
+                        found.kinds.append(op.type)
+                if several:
+                    raise _Untraceable(several)
             except _Untraceable as reason:
                 if not gradient and kind != "Gather":
                     self._skip(self.behind[op.inputs[k].op.name] or (), op.type, str(reason))
-                continue
-            for variable, reader, index in edges:
-                found = self._of(variable)
-                found.edges[reader.name, index] = (reader, index)
-                if not gradient and use not in found.uses:
-                    found.uses.append(use)
-                    found.kinds.append(op.type)
 
     def _look_up(self, op: Any) -> None:
-        found = self._of(op.inputs[0].op)
+        try:
+            found = self._of(op.inputs[0].op)
+        except _Untraceable:  # a table of integers is no embedding
+            return
         found.gathers.append(op)
         if len(found.leaf.shape) > 1 and not _is_gradient(self.graph, op):
             found.uses.append(self._use(op, "Gather", 0, found.leaf))

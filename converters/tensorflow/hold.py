@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,11 +13,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from onnxprune.converters.tensorflow.binding import bind
-from onnxprune.converters.tensorflow.deploy import Exported
-from onnxprune.converters.tensorflow.export import export
-from onnxprune.converters.tensorflow.layers import layer_weights
 from onnxprune.errors import PruneError
+from onnxprune.graph.model import Model
+
+from .binding import bind
+from .deploy import Exported
+from .export import export
+from .layers import layer_weights
 
 
 class Hold(keras.constraints.Constraint):  # type: ignore[misc]  # Keras has no types
@@ -30,6 +32,7 @@ class Hold(keras.constraints.Constraint):  # type: ignore[misc]  # Keras has no 
     """
 
     def __init__(self, variable: Any, kept: np.ndarray, model: Any) -> None:
+        """Put itself on the variable."""
         self.variable = variable
         self.inner = variable.constraint
         self.model = weakref.ref(model)
@@ -79,7 +82,7 @@ class Hold(keras.constraints.Constraint):  # type: ignore[misc]  # Keras has no 
     def _mask_average(self) -> None:
         """Zero the optimizer's moving average of the variable too: at the end of `fit` it replaces the variable."""
         model = self.model()
-        optimizer = getattr(model, "optimizer", None)
+        optimizer: Any = getattr(model, "optimizer", None)
         optimizer = getattr(optimizer, "inner_optimizer", optimizer)
         if not getattr(optimizer, "use_ema", False) or not optimizer.built:
             return
@@ -102,9 +105,11 @@ class KerasHolder:
     """
 
     def __init__(self, model: Any, example_inputs: Any = None) -> None:
+        """Find the weights; nothing is held yet."""
         if keras.backend.backend() != "tensorflow":
-            raise PruneError(f"Keras runs on the {keras.backend.backend()} backend; set KERAS_BACKEND=tensorflow before importing it")
-        self.model = model
+            backend = keras.backend.backend()
+            raise PruneError(f"Keras runs on the {backend} backend; set KERAS_BACKEND=tensorflow before importing it")
+        self.model, self.example_inputs = model, example_inputs
         self._holds: dict[str, Hold] = {}
         if example_inputs is not None:
             binding = bind(model, example_inputs)
@@ -112,7 +117,9 @@ class KerasHolder:
         elif model.built:
             weights, skipped, self._variables = layer_weights(model)
         else:
-            raise PruneError(f"the model '{model.name}' has no weights yet: build it, call it once, or give example inputs")
+            raise PruneError(
+                f"the model '{model.name}' has no weights yet: build it, call it once, or give example inputs"
+            )
         self.weights, self.skipped = tuple(weights), tuple(skipped)
 
     @contextmanager
@@ -122,10 +129,11 @@ class KerasHolder:
             raise PruneError("a session was given, but the pruner holds a Keras model, which has none; leave it out")
         revived = [name for name, hold in self._holds.items() if hold.revived()]
         if revived:
+            listed = ", ".join([*(f"'{name}'" for name in revived[:8]), *(["..."] if len(revived) > 8 else [])])
             warnings.warn(
-                f"pruned entries of {', '.join(repr(n) for n in revived[:8])}{' and others' if len(revived) > 8 else ''} were no longer "
-                "zero and have been zeroed again: weights were loaded or assigned, or a training function was traced before the "
-                "pruner was called; trace it again",
+                f"pruned entries of {listed} were no longer zero and have been zeroed again: weights were loaded or "
+                "assigned, or a training function that was traced before the pruner was called goes on without the "
+                "masks; trace it again",
                 stacklevel=4,
             )
             for name in revived:
@@ -151,12 +159,19 @@ class KerasHolder:
         self._holds.clear()
 
     def export(
-        self, path: str | os.PathLike[str], kept: Mapping[str, np.ndarray], example_inputs: Any, outputs: Any, sess: Any
+        self,
+        path: str | os.PathLike[str],
+        kept: Mapping[str, np.ndarray],
+        example_inputs: Any,
+        outputs: Any,
+        sess: Any,
+        record: Callable[[Model], None] | None = None,
     ) -> Exported:
         """Write the deployable ONNX file, checked."""
         if outputs is not None:
             raise PruneError("outputs were named, but a Keras model has its own; leave them out")
-        return export(self.model, path, self.weights, kept, example_inputs)
+        example = self.example_inputs if example_inputs is None else example_inputs
+        return export(self.model, path, self.weights, kept, example, record)
 
     def _retrace(self) -> None:
         """A train function that `fit` made earlier knows nothing of the constraints."""

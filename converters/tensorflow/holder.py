@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
 
-from onnxprune.converters.tensorflow.deploy import Exported
+from onnxprune.graph.model import Model
 from onnxprune.graph.weights import Skipped, Weight
+
+from .deploy import Exported
 
 
 class Holder(Protocol):
@@ -25,7 +27,7 @@ class Holder(Protocol):
     skipped: tuple[Skipped, ...]
 
     def at(self, sess: Any) -> AbstractContextManager[None]:
-        """While open, the weights' storages read their values now, and `hold` writes; revived entries are zeroed on entry."""
+        """While open, storages read the values of now, and `hold` writes. Revived entries are zeroed on entry."""
 
     def hold(self, kept: Mapping[str, np.ndarray]) -> None:
         """Zero what masks (weight name -> stored shape, True is kept) remove, and keep it zero from now on."""
@@ -34,6 +36,12 @@ class Holder(Protocol):
         """Stop holding: the model is as it was before, with zeros in it."""
 
     def export(
-        self, path: str | os.PathLike[str], kept: Mapping[str, np.ndarray], example_inputs: Any, outputs: Any, sess: Any
+        self,
+        path: str | os.PathLike[str],
+        kept: Mapping[str, np.ndarray],
+        example_inputs: Any,
+        outputs: Any,
+        sess: Any,
+        record: Callable[[Model], None] | None = None,
     ) -> Exported:
         """Write the deployable ONNX file, checked."""

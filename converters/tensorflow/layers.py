@@ -47,7 +47,7 @@ def _two_axes(x: Array) -> Array:
 
 
 def _einsum(layer: Any) -> Operand:
-    """An einsum's kernel as the matrix (contracted axes, output axes), after axes that input, kernel and output share."""
+    """An einsum's kernel as the matrix (contracted axes, output axes), after axes that all three share."""
     left, output = layer.equation.replace(" ", "").split("->")
     data, kernel = left.split(",")
     shared = [axis for axis, letter in enumerate(kernel) if letter in data and letter in output]
@@ -57,7 +57,8 @@ def _einsum(layer: Any) -> Operand:
     def operand(x: Array) -> Array:
         moved = x.transpose(*shared, *inputs, *outputs)
         batch, rest = moved.shape[: len(shared)], moved.shape[len(shared) :]
-        return moved.reshape(*batch, int(np.prod(rest[: len(inputs)])), int(np.prod(rest[len(inputs) :])))
+        matrix: Array = moved.reshape(*batch, int(np.prod(rest[: len(inputs)])), int(np.prod(rest[len(inputs) :])))
+        return matrix
 
     return operand
 
@@ -135,15 +136,16 @@ def layer_weights(model: Any) -> tuple[list[Weight], list[Skipped], dict[str, An
     return weights, skipped, variables
 
 
-def described(weight: Weight, model: Any, variable: Any) -> Weight:
-    """A weight found in an exported graph, with what Keras calls it and where Keras keeps it."""
+def described(weight: Weight, model: Any, variable: Any) -> tuple[Weight, str]:
+    """A weight found in an exported graph with Keras' names and storage; and why it is left alone, if it is."""
+    storage = VariableStorage(variable)
     for layer, owners in walk(model):
         if any(v is variable for v in layer._trainable_variables):
-            types = () if weight.op_types[0] == "Embedding" else _types(layer, owners)
-            names = weight.names | _names(weight.name, variable, layer)
+            types = () if weight.op_type == "Embedding" else _types(layer, owners)
             types = tuple(dict.fromkeys((*weight.op_types, *types)))
-            return replace(weight, op_types=types, names=names, storage=VariableStorage(variable))
-    return replace(weight, names=weight.names | _names(weight.name, variable, None), storage=VariableStorage(variable))
+            names = weight.names | _names(weight.name, variable, layer)
+            return replace(weight, op_types=types, names=names, storage=storage), _obstacle(layer, variable)
+    return replace(weight, names=weight.names | _names(weight.name, variable, None), storage=storage), ""
 
 
 def variable_names(model: Any) -> dict[int, str]:
@@ -159,7 +161,7 @@ def variable_names(model: Any) -> dict[int, str]:
 
 
 def walk(model: Any) -> Iterator[tuple[Any, tuple[str, ...]]]:
-    """Every layer once, those inside other layers included, with the class names of the layers around it, innermost first."""
+    """Every layer once, those inside others included, with the class names of the layers around it, innermost first."""
     seen: set[int] = set()
 
     def inside(layer: Any, owners: tuple[str, ...]) -> Iterator[tuple[Any, tuple[str, ...]]]:
@@ -190,10 +192,17 @@ def _reason(layer: Any, variable: Any, rule: Rule | None) -> str:
             f"no rule says what the variable '{variable.name}' of a {type(layer).__name__} is; "
             "call the pruner with example inputs, and the exported graph says it"
         )
+    if type(layer).__name__ == "ConvLSTMCell":
+        return "only the exported graph knows the order of its gates; call the pruner with example inputs"
+    return _obstacle(layer, variable)
+
+
+def _obstacle(layer: Any, variable: Any) -> str:
+    """Why a weight cannot be pruned; empty where it can."""
     if getattr(layer, "lora_enabled", False) and variable.name in {"kernel", "embeddings"}:
         return "LoRA adds to it whatever it is, so that its zeros are none in use; merge the adapter before pruning"
     if str(variable.dtype) not in FLOATS:
-        return f"its type {variable.dtype} cannot be pruned (float16, bfloat16, float32 and float64 can); prune before quantising"
+        return f"its type {variable.dtype} cannot be pruned (floats of 16 to 64 bits can); prune before quantising"
     return ""
 
 
@@ -204,7 +213,9 @@ def _weight(name: str, variable: Any, layer: Any, owners: tuple[str, ...], rule:
     view = partial(_role, operand, ROLES["", rule.op_type][0].view)
     dtype = np.dtype(variable.dtype)
     names = _names(name, variable, layer)
-    return parameter(name, tuple(dict.fromkeys(types)), VariableStorage(variable), tuple(variable.shape), dtype, view, names)
+    return parameter(
+        name, tuple(dict.fromkeys(types)), VariableStorage(variable), tuple(variable.shape), dtype, view, names
+    )
 
 
 def _role(operand: Operand, view: Callable[[Array, dict[str, Any]], Array], x: Array) -> Array:

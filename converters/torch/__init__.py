@@ -1,12 +1,12 @@
 """Prune while fine-tuning in PyTorch: the core's pruners on a module's parameters.
 
-    from onnxprune.converters.torch import AGPPruner
-    pruner = AGPPruner(config_list)
-    pruner(model)
-    for epoch in range(1, 11):
-        train(model)
-        pruner.update_epoch(epoch)
-    pruner.export("pruned.onnx", example_inputs)
+from onnxprune.converters.torch import AGPPruner
+pruner = AGPPruner(config_list)
+pruner(model)
+for epoch in range(1, 11):
+    train(model)
+    pruner.update_epoch(epoch)
+pruner.export("pruned.onnx", example_inputs)
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from onnxprune.converters.torch.binding import Binding, bind
-from onnxprune.converters.torch.deploy import Exported
-from onnxprune.converters.torch.pruners import AGPPruner, LevelPruner, SensitivityPruner
+from .binding import Binding, bind
+from .deploy import Exported
+from .pruners import AGPPruner, LevelPruner, SensitivityPruner
 
 if TYPE_CHECKING:
-    from onnxprune.converters.torch.callbacks import LightningCallback, TrainerCallback
-    from onnxprune.converters.torch.reimport import reimport
+    from .callbacks import LightningCallback, TrainerCallback
+    from .reimport import reimport
 
 AGP_Pruner = AGPPruner
 

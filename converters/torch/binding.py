@@ -7,7 +7,6 @@ only weights move.
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,13 +18,15 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from onnxprune.converters.torch import exporting, layers
-from onnxprune.converters.torch.layers import Site
 from onnxprune.errors import PruneError
 from onnxprune.graph.masks import Masks
 from onnxprune.graph.model import PROTOBUF_LIMIT, Model, ModelSource, load
 from onnxprune.graph.weights import Skipped, Weight
 from onnxprune.graph.weights import find as find_weights
+
+from . import exporting, layers
+from .hold import Place
+from .layers import Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,10 +35,11 @@ class Binding:
 
     Attributes:
         model: the graph, unfolded; its initializers have the values of the last `pull`.
-        weights: the module's weights in the roles that the graph gives them, by parameter name; their storage is the module.
+        weights: the module's weights in the roles that the graph gives them; named and stored as the parameters are.
         skipped: weights of the graph or the module that are left alone, with the reason.
         names: initializer -> parameter or buffer (the first of its dotted names).
         unbound: parameters that the graph does not read.
+        module: the module.
     """
 
     model: Model = field(repr=False)
@@ -45,7 +47,7 @@ class Binding:
     skipped: tuple[Skipped, ...]
     names: dict[str, str]
     unbound: tuple[str, ...]
-    _module: weakref.ref[nn.Module] = field(repr=False)
+    module: nn.Module = field(repr=False)
     _sources: dict[str, Site | _Buffer] = field(repr=False)
 
     def pull(self) -> onnx.ModelProto:
@@ -64,8 +66,8 @@ class Binding:
         """Write a model's weights back into the module.
 
         Args:
-            source: what `model` became after pruning: the same graph with other values, as a path, an onnx.ModelProto or
-                an onnx_ir.Model.
+            source: what `model` became after pruning, the same graph with other values: a path, an onnx.ModelProto
+                or an onnx_ir.Model.
 
         Returns:
             The masks by parameter name: what is not zero there is kept.
@@ -86,7 +88,10 @@ class Binding:
         for name, _ in self._initializers():
             value = theirs.graph.graph.initializers.get(name)
             if value is None or value.const_value is None:
-                raise PruneError(f"{what} has no initializer '{name}', which is the parameter '{self.names[name]}'; push a model made from binding.model")
+                raise PruneError(
+                    f"{what} has no initializer '{name}', which is the parameter '{self.names[name]}'; push a "
+                    "model made from binding.model"
+                )
             values = theirs.read(value.const_value)
             self._check(name, values, what)
             if values.dtype.kind not in "biu" and np.isnan(values.astype(np.float32, copy=False)).any():
@@ -110,8 +115,9 @@ class Binding:
         shape, dtype = tuple(bound.shape.numpy()), np.dtype(bound.dtype.numpy())
         if values.shape != shape or values.dtype != dtype:
             raise PruneError(
-                f"initializer '{name}' is {dtype.name}{list(shape)}, but {what} has {values.dtype.name}{list(values.shape)} for it "
-                f"(parameter '{self.names[name]}'); bind again after changing the module"
+                f"initializer '{name}' is {dtype.name}{list(shape)}, but {what} has "
+                f"{values.dtype.name}{list(values.shape)} for it (parameter '{self.names[name]}'); bind "
+                "again after changing the module"
             )
 
 
@@ -120,8 +126,7 @@ class _Buffer:
     """A module's buffer: moves with the weights, but is none."""
 
     name: str
-    module: weakref.ref[nn.Module]
-    attribute: str
+    place: Place
 
     def read(self) -> np.ndarray:
         return layers.array(self._tensor())
@@ -130,8 +135,8 @@ class _Buffer:
         self._tensor().copy_(layers.tensor(values))
 
     def _tensor(self) -> torch.Tensor:
-        module = self.module()
-        value = None if module is None else module._buffers.get(self.attribute)
+        module = self.place.owner()
+        value = None if module is None else module._buffers.get(self.name.rpartition(".")[2])
         if value is None:
             raise PruneError(f"buffer '{self.name}' is no longer in the model; bind again")
         return value
@@ -143,7 +148,7 @@ def bind(model: nn.Module, example_inputs: Any, *, dynamic_shapes: Any = None) -
     Args:
         model: in any mode, wrapped or not; unchanged.
         example_inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments.
-        dynamic_shapes: as torch.onnx.export takes them; by default the batch has any size where the exporter can do that.
+        dynamic_shapes: as torch.onnx.export takes them; by default the batch has any size, where that can be had.
 
     Raises:
         PruneError: it cannot be exported; a parameter has no values; the model is larger than 2 GB.
@@ -152,14 +157,25 @@ def bind(model: nn.Module, example_inputs: Any, *, dynamic_shapes: Any = None) -
     known = layers.sites(module)
     total = sum(site.value.numel() * site.value.element_size() for site in known)
     if total > PROTOBUF_LIMIT:
-        raise PruneError(f"the {type(module).__name__} has {total / 2**30:.1f} GB of parameters, and a graph in memory holds 2; call the pruner without example_inputs")
+        raise PruneError(
+            f"the {type(module).__name__} has {total / 2**30:.1f} GB of parameters, and a graph in memory "
+            "holds 2; call the pruner without example_inputs"
+        )
     graph = exporting.export(module, example_inputs, optimize=False, dynamic_shapes=dynamic_shapes)
+    found, untraced = find_weights(graph)
+    seen = {weight.name for weight in found}
+    hidden = [weight.name for weight in layers.find(module)[0] if not seen & weight.names]
+    if dynamic_shapes is None and (untraced or hidden):  # a batch of any size can come between weight and operator
+        static = exporting.export(module, example_inputs, optimize=False, dynamic_shapes=exporting.STATIC)
+        more, rest = find_weights(static)
+        if len(more) > len(found):
+            graph, found, untraced = static, more, rest
     sources: dict[str, Site | _Buffer] = {alias: site for site in known for alias in site.aliases}
     for path, owner in module.named_modules():
         for attribute, buffer in owner._buffers.items():
             if buffer is not None:
                 name = f"{path}.{attribute}" if path else attribute
-                sources[name] = _Buffer(name, weakref.ref(owner), attribute)
+                sources[name] = _Buffer(name, Place.of(module, name))
     names: dict[str, str] = {}
     for name, value in graph.graph.graph.initializers.items():
         if name in sources and value.const_value is not None:
@@ -171,16 +187,19 @@ def bind(model: nn.Module, example_inputs: Any, *, dynamic_shapes: Any = None) -
             names[name] = sources[name].name
     bound = set(names.values())
     unbound = tuple(site.name for site in known if site.name not in bound)
-    weights, skipped = _roles(module, graph, names, {s.name: s for s in known})
-    return Binding(graph, tuple(weights), tuple(skipped), names, unbound, weakref.ref(module), {n: sources[n] for n in names})
+    weights, skipped = _roles(module, found, untraced, names, {s.name: s for s in known})
+    return Binding(
+        graph, tuple(weights), tuple(skipped), names, unbound, module, {name: sources[name] for name in names}
+    )
 
 
-def _roles(module: nn.Module, graph: Model, names: dict[str, str], known: dict[str, Site]) -> tuple[list[Weight], list[Skipped]]:
+def _roles(
+    module: nn.Module, found: list[Weight], untraced: list[Skipped], names: dict[str, str], known: dict[str, Site]
+) -> tuple[list[Weight], list[Skipped]]:
     """The graph's weights, stored in the module from now on, and with the names that the module gives them."""
-    found, skipped = find_weights(graph)
-    skipped = [replace(entry, name=names.get(entry.name, entry.name)) for entry in skipped]
+    skipped = [replace(entry, name=names.get(entry.name, entry.name)) for entry in untraced]
     refused = {entry.name: entry for entry in layers.refusals(module)}
-    parts = layers.attention_names(module)
+    parts = layers.attention_parts(module)
     weights: list[Weight] = []
     for weight in found:
         site = known.get(names.get(weight.name, ""))
@@ -189,27 +208,20 @@ def _roles(module: nn.Module, graph: Model, names: dict[str, str], known: dict[s
                 reason = "it is a buffer or a constant of the module, not a parameter"
                 skipped.append(Skipped(names.get(weight.name, weight.name), weight.op_type, reason))
             continue
-        reason = next((refused[alias].reason for alias in site.aliases if alias in refused), "") or layers.obstacle(site.value)
+        reason = next((refused[alias].reason for alias in site.aliases if alias in refused), "")
+        reason = reason or layers.obstacle(site.value)
         if reason:
             skipped.append(Skipped(site.name, weight.op_type, reason))
             continue
-        outer = [path for _, owner in site.owners for path in parts.get(owner, [])]
-        types = (*weight.op_types, *site.types, *(["MultiheadAttention"] if outer else []))
-        weights.append(
-            replace(
-                weight,
-                name=site.name,
-                op_types=tuple(dict.fromkeys(types)),
-                names=weight.names | site.names | frozenset(outer) - {""},
-                storage=site,
-            )
-        )
+        types, labels = layers.labels(site, weight.op_types, parts)
+        weights.append(replace(weight, name=site.name, op_types=types, names=weight.names | labels, storage=site))
     said = {w.name for w in weights} | {s.name for s in skipped}
     skipped += [entry for name, entry in refused.items() if name not in said]
     said |= set(refused)
     for weight in layers.find(module)[0]:
         if not said & set(known[weight.name].aliases):
-            skipped.append(Skipped(weight.name, weight.op_type, "the exported graph does not read it for the example inputs"))
+            reason = "the exported graph does not read it for the example inputs"
+            skipped.append(Skipped(weight.name, weight.op_type, reason))
     return weights, skipped
 
 
@@ -217,7 +229,9 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two arrays are equal to the bit."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return np.array_equal(np.ascontiguousarray(a).reshape(-1).view(np.uint8), np.ascontiguousarray(b).reshape(-1).view(np.uint8))
+    return np.array_equal(
+        np.ascontiguousarray(a).reshape(-1).view(np.uint8), np.ascontiguousarray(b).reshape(-1).view(np.uint8)
+    )
 
 
 def _replaced(current: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from onnxprune.algorithms.pruner import Clock
-from onnxprune.api import Report, note
-from onnxprune.config import Config
-from onnxprune.converters.torch import exporting
+from onnxprune.api import Report
 from onnxprune.errors import PruneError
 from onnxprune.graph.model import Model, load
 from onnxprune.graph.weights import Weight, find
+
+from . import exporting
 
 TOLERANCE = 1e-4
 """Largest difference between onnxruntime and torch, as a share of the output's scale, for 32-bit weights."""
@@ -30,7 +29,8 @@ class Exported:
 
     Attributes:
         path: the file.
-        difference: largest difference between onnxruntime and torch on the example inputs, as a share of the output's scale.
+        difference: largest difference between onnxruntime and torch on the example inputs, as a share of the output's
+            scale.
         sparsity: share of zeros over the weights that are pruned, as it is in the module.
         zeros: number of these zeros.
         absent: pruned weights the file does not hold: the model does not use them when it is evaluated.
@@ -49,12 +49,21 @@ def write(
     path: str | os.PathLike[str],
     weights: Sequence[Weight],
     kept: Mapping[str, np.ndarray],
-    config: Config,
-    clock: Clock,
     report: Report,
+    record: Callable[[Model], None],
     dynamic_shapes: Any = None,
 ) -> Exported:
     """Export a module, check the file under onnxruntime and against the masks, and rename it into place.
+
+    Args:
+        module: the module.
+        example_inputs: see `exporting.arguments`.
+        path: the file.
+        weights: the module's weights.
+        kept: the masks of those that are governed.
+        report: what the masks amount to.
+        record: writes what was done into the model's metadata.
+        dynamic_shapes: see `exporting.export`.
 
     Raises:
         PruneError: nothing was written.
@@ -63,7 +72,7 @@ def write(
     if target.is_dir():
         raise PruneError(f"the output '{target}' is a folder; give the name of a file in it")
     model = exporting.export(module, example_inputs, optimize=True, dynamic_shapes=dynamic_shapes)
-    note(model, config, report, clock)
+    record(model)
     with model.stage(target) as staged:
         absent = check_zeros(load(staged.path), weights, kept)
         difference = check_outputs(module, model, staged.path, example_inputs)
@@ -86,8 +95,9 @@ def check_outputs(module: nn.Module, model: Model, path: Path, example_inputs: A
     allowed = 1e-2 if narrow else TOLERANCE  # ten units in the last place of half precision
     if not found <= allowed:
         raise PruneError(
-            f"onnxruntime's outputs differ from the module's by {found:.1e} of their scale (at most {allowed:.0e} is accepted); the exported "
-            "model does not compute what the module does, so it was not written. Is the forward pass random in eval mode?"
+            f"onnxruntime's outputs differ from the module's by {found:.1e} of their scale (at most {allowed:.0e} is "
+            "accepted); the exported model does not compute what the module does, so it was not written. Is the "
+            "forward pass random in eval mode?"
         )
     return found
 
@@ -95,8 +105,8 @@ def check_outputs(module: nn.Module, model: Model, path: Path, example_inputs: A
 def check_zeros(model: Model, weights: Sequence[Weight], kept: Mapping[str, np.ndarray]) -> tuple[str, ...]:
     """Check that every pruned entry is zero in a file whose weights are renamed, stacked, transposed and folded.
 
-    What survives all that is the zero pattern of each output (a row in role order): so the rows of the module and of the
-    file are matched as multisets. A row that folding scaled to zero throughout fits any.
+    What survives all that is the zero pattern of each output (a row in role order): so the rows of the module and of
+    the file are matched as multisets. A row that folding scaled to zero throughout fits any.
 
     Returns:
         Names of pruned weights that the file does not hold at all.
@@ -124,8 +134,8 @@ def check_zeros(model: Model, weights: Sequence[Weight], kept: Mapping[str, np.n
         strange = (+rows[shape]).total()
         if weight.op_types[0] != "Embedding" and count > spare and strange:
             raise PruneError(
-                f"the exported model lost zeros of weight '{weight.name}' {list(weight.shape)}: {count - spare} of its outputs have another "
-                "zero pattern there; it was not written"
+                f"the exported model lost zeros of weight '{weight.name}' {list(weight.shape)}: {count - spare} of its "
+                "outputs have another zero pattern there; it was not written"
             )
         if count > spare:
             absent.append(weight.name)

@@ -15,9 +15,10 @@ from onnx_ir.passes import common
 from torch import nn
 from torch.utils import _pytree
 
-from onnxprune.converters.torch.layers import array
 from onnxprune.errors import PruneError
 from onnxprune.graph.model import Model, load
+
+from .layers import array
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -33,7 +34,10 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model._orig_mod  # type: ignore[assignment]
         else:
             return model
-    raise PruneError(f"a torch pruner is called with a torch.nn.Module, not {type(model).__name__}; ONNX models go to onnxprune.prune")
+    raise PruneError(
+        f"a torch pruner is called with a torch.nn.Module, not {type(model).__name__}; ONNX models go to "
+        "onnxprune.prune"
+    )
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -45,8 +49,8 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example_inputs, torch.Tensor):
         return (example_inputs,), {}
     raise PruneError(
-        f"example_inputs is a {type(example_inputs).__name__}; give a tensor, a tuple of the module's arguments, or a mapping of its "
-        "keyword arguments"
+        f"example_inputs is a {type(example_inputs).__name__}; give a tensor, a tuple of the module's arguments, or a "
+        "mapping of its keyword arguments"
     )
 
 
@@ -72,6 +76,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+STATIC: dict[str, Any] = {}
+"""As dynamic shapes: all sizes are the examples'."""
+
+
 def export(model: nn.Module, example_inputs: Any, *, optimize: bool, dynamic_shapes: Any = None) -> Model:
     """A module as an ONNX model, without what torch notes about itself (stack traces, paths of this machine).
 
@@ -86,7 +94,7 @@ def export(model: nn.Module, example_inputs: Any, *, optimize: bool, dynamic_sha
         PruneError: the exporter fails; with its reason.
     """
     args, kwargs = arguments(example_inputs)
-    shapes = [dynamic_shapes] if dynamic_shapes is not None else [batched(args, kwargs), None]
+    shapes = [batched(args, kwargs), None] if dynamic_shapes is None else [dynamic_shapes or None]
     with evaluating(model):
         for attempt in shapes:
             try:
@@ -97,7 +105,9 @@ def export(model: nn.Module, example_inputs: Any, *, optimize: bool, dynamic_sha
             except Exception as error:  # the exporter raises many kinds
                 failure = error
         else:
-            raise PruneError(f"torch.onnx.export cannot export the {type(model).__name__}: {_reason(failure)}") from failure
+            raise PruneError(
+                f"torch.onnx.export cannot export the {type(model).__name__}: {_reason(failure)}"
+            ) from failure
     assert program is not None
     common.ClearMetadataAndDocStringPass()(program.model)
     for graph in program.model.graphs():
@@ -127,7 +137,10 @@ def feeds(model: Model, example_inputs: Any) -> dict[str, np.ndarray]:
     if kwargs and set(names) <= {k for k, v in kwargs.items() if isinstance(v, torch.Tensor)}:
         return {name: array(kwargs[name]) for name in names}
     if len(tensors) != len(names):
-        raise PruneError(f"the exported model has the inputs {names}, but the example inputs hold {len(tensors)} tensors; give exactly those")
+        raise PruneError(
+            f"the exported model has the inputs {names}, but the example inputs hold {len(tensors)} "
+            "tensors; give exactly those"
+        )
     return {name: array(t) for name, t in zip(names, tensors, strict=True)}
 
 
@@ -140,7 +153,10 @@ def outputs(model: nn.Module, example_inputs: Any) -> list[np.ndarray]:
 
 
 def difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
-    """The largest difference between two lists of outputs, as a share of each output's largest magnitude; inf where they do not fit."""
+    """The largest difference between two lists of outputs, as a share of each output's largest magnitude.
+
+    Infinite where they do not fit, or other entries than in the first are NaN or infinite in the second.
+    """
     if len(ours) != len(theirs) or any(a.shape != b.shape for a, b in zip(ours, theirs, strict=True)):
         return float("inf")
     worst = 0.0

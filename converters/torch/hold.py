@@ -17,28 +17,37 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from onnxprune.errors import PruneError
+
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _HOLDERS: weakref.WeakKeyDictionary[nn.Module, list[Holder]] = weakref.WeakKeyDictionary()
-"""Masks live as long as the model they are on, even where nobody keeps the pruner."""
+"""Masks live as long as the model they are on, even where nobody keeps the pruner; they do not keep the model alive."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter stands. The parameter itself may be replaced (`load_state_dict(assign=True)`), its place stays."""
+    """Where a parameter stands: a model and a dotted name. Modules and parameters may be replaced, their place stays."""
 
-    module: weakref.ref[nn.Module]
-    attribute: str
+    model: weakref.ref[nn.Module]
+    name: str
 
     @classmethod
-    def of(cls, module: nn.Module, attribute: str) -> Place:
-        """The place of a module's own parameter."""
-        return cls(weakref.ref(module), attribute)
+    def of(cls, model: nn.Module, name: str) -> Place:
+        """The place of a model's parameter, by its dotted name."""
+        return cls(weakref.ref(model), name)
+
+    def owner(self) -> nn.Module | None:
+        """The module that holds it now; None where that, or the model, is gone."""
+        module = self.model()
+        for part in self.name.split(".")[:-1]:
+            module = None if module is None else module._modules.get(part)
+        return module
 
     def parameter(self) -> nn.Parameter | None:
-        """The parameter that stands there now; None where it or its module is gone."""
-        module = self.module()
-        return None if module is None else module._parameters.get(self.attribute)
+        """The parameter that stands there now; None where there is none."""
+        module = self.owner()
+        return None if module is None else module._parameters.get(self.name.rpartition(".")[2])
 
 
 def zero(values: torch.Tensor, keep: torch.Tensor) -> None:
@@ -91,11 +100,16 @@ class _Slot:
             if slot is not None and gradient is not None and gradient.layout is torch.strided:
                 zero(gradient.detach(), slot._fitting(gradient))
 
-        self.hook = parameter.register_post_accumulate_grad_hook(zero_gradient)
+        self.hook = parameter.register_post_accumulate_grad_hook(zero_gradient)  # type: ignore[no-untyped-call]
 
     def _fitting(self, values: torch.Tensor) -> torch.Tensor:
         """The mask on the device and in the width of a tensor, after `module.to(...)`."""
         assert self.keep is not None
+        if self.keep.shape != values.shape:
+            raise PruneError(
+                f"the mask of parameter '{self.place.name}' has the shape {list(self.keep.shape)}, the parameter now "
+                f"{list(values.shape)}; call the pruner with the model again after changing it, or pruner.remove()"
+            )
         kind = _INTEGERS[values.element_size()]
         if self.keep.device != values.device or self.keep.dtype != kind:
             self.keep = self.keep.to(values.device, kind)
@@ -106,6 +120,7 @@ class Holder:
     """Holds masks on the parameters of one model until it is removed or the model is gone."""
 
     def __init__(self, model: nn.Module) -> None:
+        """Hold nothing yet."""
         self._slots: dict[Place, _Slot] = {}
         self._model = weakref.ref(model)
         this = weakref.ref(self)

@@ -7,7 +7,7 @@ One row per leaf module, as its exported ONNX operator has it: the operators, an
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -16,13 +16,20 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from onnxprune.converters.torch.hold import Place
 from onnxprune.errors import PruneError
 from onnxprune.graph.weights import Skipped, Weight, parameter
 
-View = Callable[[np.ndarray], np.ndarray]
+from .hold import Place
 
-FLOATS = {torch.float32: np.float32, torch.float64: np.float64, torch.float16: np.float16, torch.bfloat16: ml_dtypes.bfloat16}
+View = Callable[[np.ndarray], np.ndarray]
+Parts = dict[nn.Module, list[str]]
+
+FLOATS = {
+    torch.float32: np.float32,
+    torch.float64: np.float64,
+    torch.float16: np.float16,
+    torch.bfloat16: ml_dtypes.bfloat16,
+}
 
 
 @dataclass(frozen=True)
@@ -51,8 +58,8 @@ class Site:
         value = self.place.parameter()
         if value is None:
             raise PruneError(
-                f"parameter '{self.name}' is no longer in the model: the model was deleted, or the parameter replaced by "
-                "something else; call the pruner with the model again"
+                f"parameter '{self.name}' is no longer in the model: the model was deleted, or the parameter "
+                "replaced by something else; call the pruner with the model again"
             )
         return value
 
@@ -113,9 +120,15 @@ def sites(model: nn.Module) -> list[Site]:
                 continue
             name = f"{path}.{attribute}" if path else attribute
             if isinstance(value, UninitializedParameter):
-                raise PruneError(f"parameter '{name}' of a {type(module).__name__} has no shape yet; run the model once on example inputs first")
+                raise PruneError(
+                    f"parameter '{name}' of a {type(module).__name__} has no shape yet; run the model "
+                    "once on example inputs first"
+                )
             if value.is_meta:
-                raise PruneError(f"parameter '{name}' {list(value.shape)} is on the meta device and has no values; load or initialise the model first")
+                raise PruneError(
+                    f"parameter '{name}' {list(value.shape)} is on the meta device and has no values; "
+                    "load or initialise the model first"
+                )
             found[id(value)] = value
             owners.setdefault(id(value), []).append((name, path, module))
     return [
@@ -123,7 +136,7 @@ def sites(model: nn.Module) -> list[Site]:
             held[0][0],
             tuple(name for name, _, _ in held),
             tuple((path, module) for _, path, module in held),
-            Place.of(held[0][2], held[0][0].rpartition(".")[2]),
+            Place.of(model, held[0][0]),
         )
         for held in owners.values()
     ]
@@ -140,11 +153,18 @@ def obstacle(value: torch.Tensor) -> str:
     return "it is empty" if value.numel() == 0 else ""
 
 
-def weight(site: Site, op_types: tuple[str, ...], view: View, names: frozenset[str] = frozenset()) -> Weight:
+def weight(site: Site, op_types: tuple[str, ...], view: View, parts: Parts) -> Weight:
     """The weight that a parameter is."""
-    value = site.value
-    types = tuple(dict.fromkeys((*op_types, *site.types)))
-    return parameter(site.name, types, site, tuple(value.shape), np.dtype(FLOATS[value.dtype]), view, site.names | names)
+    types, names = labels(site, op_types, parts)
+    shape, dtype = tuple(site.value.shape), np.dtype(FLOATS[site.value.dtype])
+    return parameter(site.name, types, site, shape, dtype, view, names)
+
+
+def labels(site: Site, op_types: Iterable[str], parts: Parts) -> tuple[tuple[str, ...], frozenset[str]]:
+    """What a configuration may call a weight: operators and classes, the first one giving its role; and names."""
+    outer = [path for _, module in site.owners for path in parts.get(module, [])]
+    types = (*op_types, *site.types, *(["MultiheadAttention"] if outer else []))
+    return tuple(dict.fromkeys(types)), site.names | (frozenset(outer) - {""})
 
 
 # ------------------------------------------------------------ one view per operator
@@ -158,7 +178,7 @@ def _transposed_convolution(groups: int) -> View:
     """(in, out/groups, *k): a group's inputs lie along axis 0."""
 
     def view(x: np.ndarray) -> np.ndarray:
-        grouped = x.reshape(groups, x.shape[0] // groups, *x.shape[1:]).swapaxes(1, 2)
+        grouped: np.ndarray = x.reshape(groups, x.shape[0] // groups, *x.shape[1:]).swapaxes(1, 2)
         return grouped.reshape(-1, *grouped.shape[2:])
 
     return view
@@ -169,7 +189,8 @@ def _gates(order: tuple[int, ...]) -> View:
 
     def view(x: np.ndarray) -> np.ndarray:
         gates = x.reshape(len(order), -1, x.shape[1])
-        return gates[list(order)].reshape(x.shape)
+        ordered: np.ndarray = gates[list(order)]
+        return ordered.reshape(x.shape)
 
     return view
 
@@ -256,32 +277,44 @@ def rows(module: nn.Module) -> list[Row]:
     return next((make(module) for kind, make in ROWS.items() if isinstance(module, kind)), [])
 
 
-def attention_names(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """The output projections of attention modules: what they count as part of."""
-    parts: dict[nn.Module, list[str]] = {}
+def attention_parts(model: nn.Module) -> Parts:
+    """The output projections of attention modules, and the names of the modules they are part of."""
+    parts: Parts = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.MultiheadAttention):
             parts.setdefault(module.out_proj, []).append(path)
     return parts
 
 
-def refusals(model: nn.Module) -> Iterator[Skipped]:
+def refusals(model: nn.Module) -> list[Skipped]:
     """Weights that are no plain parameter of their module, or have no operator, with the reason."""
+    found = []
     for path, module in model.named_modules():
-        name = type(module).__name__.removeprefix("Parametrized")
         for attribute, _, _ in rows(module):
-            full = f"{path}.{attribute}" if path else attribute
-            if attribute in module._parameters:
-                if getattr(module, "proj_size", 0):
-                    yield Skipped(full, name, "ONNX's LSTM has no projection (proj_size), so it cannot be exported")
-                continue
-            made_from = [a for a in module._parameters if re.fullmatch(rf"{attribute}_(orig|g|v|bar)", a)]
-            if nn.utils.parametrize.is_parametrized(module, attribute):
-                yield Skipped(full, name, "it is parametrized: computed anew from other parameters; call torch.nn.utils.parametrize.remove_parametrizations first")
-            elif made_from:
-                yield Skipped(full, name, f"it is computed anew from {' and '.join(made_from)}; remove that (torch.nn.utils.remove_weight_norm, remove_spectral_norm, prune.remove) first")
-            elif isinstance(getattr(module, attribute, None), torch.Tensor):
-                yield Skipped(full, name, "it is no parameter of the module")
+            reason = _refusal(module, attribute)
+            if reason:
+                name = f"{path}.{attribute}" if path else attribute
+                found.append(Skipped(name, type(module).__name__.removeprefix("Parametrized"), reason))
+    return found
+
+
+def _refusal(module: nn.Module, attribute: str) -> str:
+    """The reason why a weight that a module has by its class is left alone; empty where it is a parameter or absent."""
+    if attribute in module._parameters:
+        projected = getattr(module, "proj_size", 0)
+        return "ONNX's LSTM has no projection (proj_size), so it cannot be exported" if projected else ""
+    if nn.utils.parametrize.is_parametrized(module, attribute):
+        return (
+            "it is parametrized, computed anew from other parameters; call "
+            "torch.nn.utils.parametrize.remove_parametrizations first"
+        )
+    sources = [name for name in module._parameters if re.fullmatch(rf"{attribute}_(orig|g|v|bar)", name)]
+    if sources:
+        return (
+            f"it is computed anew from {' and '.join(sources)}; call torch.nn.utils.remove_weight_norm, "
+            "remove_spectral_norm or prune.remove first"
+        )
+    return "it is no parameter of the module" if isinstance(getattr(module, attribute, None), torch.Tensor) else ""
 
 
 def find(model: nn.Module) -> tuple[list[Weight], list[Skipped]]:
@@ -290,35 +323,32 @@ def find(model: nn.Module) -> tuple[list[Weight], list[Skipped]]:
     Raises:
         PruneError: a parameter has no values (lazy modules, the meta device).
     """
-    return _by_class(model, sites(model))
-
-
-def _by_class(model: nn.Module, known: list[Site]) -> tuple[list[Weight], list[Skipped]]:
-    skipped = list(refusals(model))
+    known = sites(model)
+    site_of = {id(site.value): site for site in known}
+    skipped = refusals(model)
     refused = {entry.name for entry in skipped}
-    by_id = {id(site.value): site for site in known}
-    parts = attention_names(model)
-    uses: dict[str, list[Row]] = {}
+    parts = attention_parts(model)
+    uses: dict[int, list[Row]] = {}
     for _, module in model.named_modules():
         for row in rows(module):
             value = module._parameters.get(row[0])
-            if value is not None and not refused & set(by_id[id(value)].aliases):
-                uses.setdefault(by_id[id(value)].name, []).append(row)
-    by_name = {site.name: site for site in known}
+            if value is not None and not refused & set(site_of[id(value)].aliases):
+                uses.setdefault(id(value), []).append(row)
     weights = []
-    for name, found in uses.items():
-        site = by_name[name]
+    for key, found in uses.items():
+        site = site_of[key]
         reason = obstacle(site.value)
         if reason:
-            skipped.append(Skipped(name, site.types[0], reason))
+            skipped.append(Skipped(site.name, site.types[0], reason))
             continue
         found.sort(key=lambda row: row[1] == ("Embedding",))  # tied to another layer, it is that layer's weight
         op_types = tuple(dict.fromkeys(op for _, ops, _ in found for op in ops))
-        outer = [path for _, module in site.owners for path in parts.get(module, [])]
-        types = (*op_types, *site.types, "MultiheadAttention") if outer else op_types
-        weights.append(weight(site, types, found[0][2], frozenset(outer) - {""}))
-    skipped += _without_rule(known, {w.name for w in weights} | refused)
+        weights.append(weight(site, op_types, found[0][2], parts))
+    skipped += _without_rule(known, {w.name for w in weights} | {s.name for s in skipped})
     return weights, skipped
+
+
+_UNKNOWN = "which operator reads it is not known without the graph; call the pruner with example_inputs"
 
 
 def _without_rule(known: list[Site], seen: set[str]) -> Iterator[Skipped]:
@@ -326,4 +356,8 @@ def _without_rule(known: list[Site], seen: set[str]) -> Iterator[Skipped]:
     for site in known:
         own = [m for _, m in site.owners if not type(m).__module__.startswith("torch.nn.modules")]
         if own and site.value.ndim > 1 and not seen & set(site.aliases):
-            yield Skipped(site.name, type(own[0]).__name__, "which operator reads it is not known without the graph; call the pruner with example_inputs")
+            yield Skipped(
+                site.name,
+                type(own[0]).__name__,
+                _UNKNOWN,
+            )

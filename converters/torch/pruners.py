@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import weakref
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import distributed, nn
+from torch import nn
 
-from onnxprune.converters.bridge import Bridge
-from onnxprune.converters.torch import deploy, exporting, layers
-from onnxprune.converters.torch.binding import bind
-from onnxprune.converters.torch.deploy import Exported
-from onnxprune.converters.torch.hold import Holder, Place
-from onnxprune.converters.torch.layers import Site
+from onnxprune.api import note
 from onnxprune.errors import PruneError
+from onnxprune.graph.masks import Masks
+from onnxprune.graph.model import Model
+
+from ..bridge import Bridge  # noqa: TID252
+from . import deploy, distributed, exporting, layers
+from .binding import bind
+from .deploy import Exported
+from .hold import Holder, Place
+from .layers import Site
 
 
 class TorchPruner(Bridge):
     """A pruner of a torch module; `LevelPruner`, `AGPPruner` and `SensitivityPruner` say which."""
 
     def __init__(self, config_list: Any, **options: Any) -> None:
+        """See `onnxprune.Pruner`."""
         super().__init__(config_list, **options)
         self._holder: Holder | None = None
-        self._module: weakref.ref[nn.Module] | None = None
+        self._module: nn.Module | None = None
         self._places: dict[str, Place] = {}
         self._examples: Any = None
 
@@ -36,15 +39,14 @@ class TorchPruner(Bridge):
 
         Args:
             model: the module, wrapped (DistributedDataParallel, torch.compile) or not.
-            example_inputs: a tensor, a tuple of arguments or a mapping of keyword arguments; with them, weights are found in
-                the exported graph, those of the model's own functional calls too. Without, the modules' classes say.
+            example_inputs: a tensor, a tuple of arguments or a mapping of keyword arguments; with them, weights are
+                found in the exported graph, those of functional calls too. Without, the modules' classes say.
 
         Returns:
             The pruner itself.
 
         Raises:
-            PruneError: nothing in the model matches the configuration; a parameter has no values; ranks of a
-                distributed run form different masks.
+            PruneError: an entry of the configuration matches nothing in the model; a parameter has no values.
         """
         module = exporting.unwrap(model)
         if example_inputs is None:
@@ -58,10 +60,9 @@ class TorchPruner(Bridge):
             reasons = "; ".join(f"'{s.name}' is left alone: {s.reason}" for s in skipped[:8])
             raise PruneError(f"{error}{f'; {reasons}' if reasons else ''}") from None
         self.remove()
-        self._holder, self._module, self._examples = Holder(module), weakref.ref(module), example_inputs
+        self._holder, self._module, self._examples = Holder(module), module, example_inputs
         self._places = {w.name: w.storage.place for w in weights if isinstance(w.storage, Site)}
         self._attach(weights, skipped)
-        self._agree()
         return self
 
     def state_dict(self) -> dict[str, Any]:
@@ -82,7 +83,7 @@ class TorchPruner(Bridge):
         super().load_state_dict(state)
 
     def apply(self) -> None:
-        """Zero the pruned entries now: after `load_state_dict` of the model brought others, until the next step does it."""
+        """Zero the pruned entries now, where the model's `load_state_dict` brought others; a step does it too."""
         if self._holder is not None:
             self._holder.apply()
 
@@ -92,53 +93,50 @@ class TorchPruner(Bridge):
             self._holder.remove()
             self._holder = None
 
-    def export(self, path: str | os.PathLike[str], example_inputs: Any = None, *, dynamic_shapes: Any = None) -> Exported:
+    def export(
+        self, path: str | os.PathLike[str], example_inputs: Any = None, *, dynamic_shapes: Any = None
+    ) -> Exported:
         """Write the deployable file: torch's own export with constants folded and operators fused, checked.
 
         Args:
             path: the file; weights go to a file beside it above 2 GB. It appears complete or not at all.
             example_inputs: as for the call; those of the call unless given.
-            dynamic_shapes: as torch.onnx.export takes them; by default the batch has any size where the exporter can do that.
+            dynamic_shapes: as torch.onnx.export takes them; by default the batch has any size, where that can be had.
 
         Returns:
             What was written, and how far onnxruntime is from the module.
 
         Raises:
-            PruneError: the exporter fails, a pruned entry is not zero in the file, or onnxruntime disagrees with the module by
-                more than 1e-4 of the output's scale. Nothing was written.
+            PruneError: the exporter fails, a pruned entry is not zero in the file, or onnxruntime disagrees with the
+                module by more than 1e-4 of the output's scale. Nothing was written.
         """
-        module = None if self._module is None else self._module()
+        module = self._module
         if module is None:
-            raise PruneError("there is no model to export: call the pruner with it first, and keep it")
+            raise PruneError("there is no model to export: call the pruner with it first")
         inputs = self._examples if example_inputs is None else example_inputs
         if inputs is None:
-            raise PruneError("export needs example inputs to trace the model with: a tensor, a tuple of arguments or a mapping of keyword arguments")
+            raise PruneError(
+                "export needs example inputs to trace the model with: a tensor, a tuple of arguments or a mapping of "
+                "keyword arguments"
+            )
         self.apply()
-        return deploy.write(module, inputs, path, self.weights, self._kept, self.config, self.clock, self.report, dynamic_shapes)
+        report = self.report
+
+        def record(exported: Model) -> None:
+            note(exported, self.config, report, self.clock)
+
+        return deploy.write(module, inputs, path, self.weights, self._kept, report, record, dynamic_shapes)
 
     def _hold(self, kept: Mapping[str, np.ndarray]) -> None:
+        if distributed.active():
+            self._kept = kept = distributed.agreed(kept)
+            self.masks = Masks(kept)
         if self._holder is not None:
             self._holder.hold({self._places[name]: mask for name, mask in kept.items()})
 
     def _due(self) -> None:
         if self._holder is not None:
             super()._due()
-
-    def _agree(self) -> None:
-        """Refuse where the processes of a distributed run start from different masks."""
-        if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
-            return
-        digest = hashlib.sha256()
-        for name, mask in self._kept.items():
-            digest.update(f"{name}{mask.shape}".encode() + np.packbits(mask).tobytes())
-        digests: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(digests, digest.hexdigest())
-        if len(set(digests)) > 1:
-            self.remove()
-            raise PruneError(
-                "the processes of this distributed run hold different weights, so their masks differ; wrap the model in "
-                "DistributedDataParallel (which copies rank 0's weights) before calling the pruner, or load the same weights on each"
-            )
 
 
 class LevelPruner(TorchPruner):

@@ -1,1 +1,1 @@
-
+"""Deciding which entries go: score, pattern, allocation, schedule."""

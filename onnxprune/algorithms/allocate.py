@@ -56,7 +56,7 @@ def erk(weights: Sequence[Units], sparsity: float) -> list[np.ndarray]:
 
 
 def _each(weights: Sequence[Units], budgets: Sequence[int]) -> list[np.ndarray]:
-    """`take` from each weight on its own; small weights run beside each other, a large one is itself run in parallel."""
+    """`take` from each weight on its own: small weights beside each other, a large one in parallel itself."""
     small = [units.scores.size < THREADED for units in weights]
     if sum(u.scores.size for u, s in zip(weights, small, strict=True) if s) < THREADED:
         return [take([units], budget)[0] for units, budget in zip(weights, budgets, strict=True)]
@@ -105,7 +105,8 @@ def take(weights: Sequence[Units], budget: int) -> list[np.ndarray]:
         size = sizes.pop() if sizes else 1
         return lowest([u.scores for u in weights], budget // size, held=[u.held for u in weights])
     scores = np.concatenate([np.abs(u.scores).reshape(-1).astype(np.float64) for u in weights])
-    held = np.concatenate([np.zeros(u.scores.size, np.bool_) if u.held is None else u.held.reshape(-1) for u in weights])
+    empty = [np.zeros(u.scores.shape, np.bool_) if u.held is None else u.held for u in weights]
+    held = np.concatenate([e.reshape(-1) for e in empty])
     cost = np.concatenate([np.broadcast_to(u.sizes, u.scores.shape).reshape(-1) for u in weights])
     order = np.lexsort((np.arange(scores.size), scores, ~held))
     fits = np.cumsum(cost[order]) <= budget

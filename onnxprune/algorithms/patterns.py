@@ -91,7 +91,7 @@ UNSTRUCTURED = Pattern(
 
 
 def n_of_m(n: int, m: int) -> Pattern:
-    """At most m - n of every m consecutive inputs of an output go (and one position of its kernel): '2:4' leaves 2 of 4.
+    """At most m - n of every m consecutive inputs of an output go, at each kernel position: '2:4' leaves 2 of 4.
 
     Below the full sparsity of 1 - n/m the entries of smallest score among those that may go are taken, so
     that a schedule can approach the pattern step by step (Mishra et al. 2021 describe 2:4).
@@ -109,7 +109,8 @@ def n_of_m(n: int, m: int) -> Pattern:
         stays = np.zeros(order.shape, np.bool_)
         np.put_along_axis(stays, order[..., m - n :], True, axis=-1)
         last = np.moveaxis(scores, 1, -1).shape
-        allowed = np.where(np.moveaxis(stays.reshape(last), -1, 1), np.inf, np.abs(scores).astype(np.float32, copy=False))
+        size = np.abs(scores).astype(np.result_type(scores.dtype, np.float32), copy=False)
+        allowed = np.where(np.moveaxis(stays.reshape(last), -1, 1), np.inf, size)
         return Units(allowed, 1, held, scores.shape)
 
     def misfit(shape: Shape) -> str:
@@ -119,7 +120,7 @@ def n_of_m(n: int, m: int) -> Pattern:
 
 
 def block(rows: int, columns: int) -> Pattern:
-    """Blocks of `rows` outputs by `columns` inputs, at one position of the kernel; the mean |score| of a block is its score.
+    """Blocks of `rows` outputs by `columns` inputs, at each kernel position; a block's score is its mean |score|.
 
     Blocks at the far edges are smaller where the block does not divide the weight.
     """

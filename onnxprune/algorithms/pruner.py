@@ -112,7 +112,7 @@ def _held(weight: Weight, held: Mapping[str, np.ndarray]) -> np.ndarray | None:
     mask = held[weight.name]
     if mask.shape != weight.shape:
         raise PruneError(
-            f"the mask held for weight '{weight.name}' has the shape {list(mask.shape)}, the weight {list(weight.shape)}: "
-            "it belongs to another model; use a new pruner"
+            f"the mask held for weight '{weight.name}' has the shape {list(mask.shape)}, the weight "
+            f"{list(weight.shape)}: it belongs to another model; use a new pruner"
         )
     return ~weight.role(mask)

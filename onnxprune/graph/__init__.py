@@ -1,1 +1,1 @@
-
+"""ONNX models: files in and out, weights in their roles, masks."""

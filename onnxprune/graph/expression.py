@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 and the 4-bit integers with numpy)
 import numpy as np
@@ -56,7 +56,7 @@ class Scale:
     keeps: bool = False
 
 
-Expression = Union[Leaf, Move, Scale]
+Expression = Leaf | Move | Scale
 
 
 def leaves(expression: Expression) -> Iterator[Leaf]:
@@ -108,7 +108,7 @@ def zeros(expression: Expression, indices: Callable[[Leaf], Array], out: Array) 
         zeros(arg, indices, out)
 
 
-# ---------------------------------------------------------------- moves: operator -> function(data, *constants, **attributes)
+# ------------------------------------------------------- moves: operator -> function(data, *constants, **attributes)
 
 
 def _identity(x: Array) -> Array:
@@ -212,7 +212,10 @@ def split(x: Array, sizes: Sequence[int] | None, count: int, axis: int, index: i
 
 
 def per_axis(parameter: Array, shape: Sequence[int], axis: int, block_size: int = 0) -> Array:
-    """A quantisation parameter broadcast against a tensor: a scalar, one entry per position of `axis`, or per block of it."""
+    """A quantisation parameter broadcast against a tensor.
+
+    It is a scalar, or has one entry per position of `axis`, or one per block of it.
+    """
     if parameter.size == 1:
         return parameter.reshape(())
     axis = axis + len(shape) if axis < 0 else axis

@@ -78,6 +78,16 @@ class Model:
             array = tensor.numpy()
         return array if array.flags.c_contiguous else np.ascontiguousarray(array)
 
+    def content(self, tensor: TensorProto) -> bytes:
+        """The bytes of an external tensor of `proto`, edits not applied."""
+        location = valid.external(tensor)
+        with _reading(), open(self.data[location.file], "rb") as file:
+            file.seek(location.offset)
+            content = file.read(valid.nbytes(tensor))
+            if len(content) < valid.nbytes(tensor):
+                raise ValueError(f"'{location.file}' is shorter than when it was loaded")
+        return content
+
     def edit(self, tensor: ir.TensorProtocol, change: Edit) -> None:
         """Replace a tensor's stored values: at once in the protobuf, at the next save where it is external."""
         if isinstance(tensor, ir.ExternalTensor):
@@ -97,14 +107,8 @@ class Model:
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
         for tensor in list(external_tensors(proto)):
-            location = valid.external(tensor)
-            content = self._edited(tensor)
-            if content is None:
-                with _reading(), open(self.data[location.file], "rb") as file:
-                    file.seek(location.offset)
-                    content = file.read(valid.nbytes(tensor))
-                    if len(content) < valid.nbytes(tensor):
-                        raise ValueError(f"'{location.file}' is shorter than when it was loaded")
+            edited = self._edited(tensor)
+            content = self.content(tensor) if edited is None else edited
             _clear(tensor)
             tensor.raw_data = content
         return proto

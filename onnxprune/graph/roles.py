@@ -21,7 +21,7 @@ View = Callable[[Array, Mapping[str, Any]], Array]
 
 
 Spread = Callable[[Array, Sequence[int], Mapping[str, Any]], Array]
-"""Takes a quantisation parameter, the operand's shape and the attributes; returns the parameter broadcast against the operand."""
+"""Takes a quantisation parameter, the operand's shape and the attributes; returns it broadcast against the operand."""
 
 
 def _per_output(parameter: Array, shape: Sequence[int], attributes: Mapping[str, Any]) -> Array:
@@ -52,7 +52,7 @@ class Role:
     Attributes:
         operand: index of the input.
         view: operand to role order.
-        scale: index of the input that holds the scale, for operators on quantised weights; -1 where the scale plays no part.
+        scale: index of the input that holds the scale, for operators on quantised weights; -1 where it plays no part.
         zero_point: index of the input that holds the zero point; None for plain operators.
         spread: broadcasts scale and zero point against the operand's shape.
     """
@@ -148,7 +148,10 @@ DEFAULT_TYPES = frozenset(op for _, op in ROLES) - {"Gather"}
 """What op_types 'default' means: every row but embeddings, which are pruned only when named."""
 
 OPAQUE: dict[tuple[str, str], tuple[tuple[int, ...], str]] = {
-    (CONTRIB, "MatMulNBits"): ((1,), "its weights are packed in 2 to 8 bits per block, where no entry is exactly 0.0; prune before quantising"),
+    (CONTRIB, "MatMulNBits"): (
+        (1,),
+        "its weights are packed in 2 to 8 bits per block, where no entry is exactly 0.0; prune before quantising",
+    ),
     (CONTRIB, "MatMulBnb4"): ((1,), "its weights are packed 4-bit codes; prune before quantising"),
     (CONTRIB, "MatMulFpQ4"): ((1,), "its weights are packed 4-bit codes; prune before quantising"),
     (CONTRIB, "MatMulInteger16"): ((1,), "its weights have no rule yet"),

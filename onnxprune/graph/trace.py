@@ -22,7 +22,7 @@ RESHAPING = ex.MOVES.keys() - {"Concat", "Gather"} | {"Split", "Cast", "CastLike
 """Operators whose result is their first operand, moved or converted; a Gather at run time is a look-up."""
 
 
-class Untraceable(Exception):
+class Untraceable(Exception):  # noqa: N818  (a finding, not an error)
     """A constant operand that cannot be followed to a stored tensor; the text is the reason a user reads."""
 
 
@@ -76,6 +76,7 @@ class Tracer:
     """Follows values of one model to where they are stored."""
 
     def __init__(self, model: ir.Model) -> None:
+        """A tracer of the model's graphs and functions."""
         self.model = model
         self._constant: dict[tuple[int, Scope], bool] = {}
         self._scopes: dict[tuple[int, Scope], Scope] = {}
@@ -107,7 +108,9 @@ class Tracer:
             if any(k is False for k in known):
                 self._constant[id(seen), where] = False
                 stack.pop()
-            elif (missing := next((k for k, v in zip(keys, known, strict=True) if k is not None and v is None), None)) is not None:
+            elif (
+                missing := next((k for k, v in zip(keys, known, strict=True) if k is not None and v is None), None)
+            ) is not None:
                 if missing in stack:
                     raise PruneError(f"the graph has a cycle through '{seen.name}': it is no valid ONNX model")
                 stack.append(missing)
@@ -154,7 +157,9 @@ class Tracer:
         if op == "Constant":
             if isinstance(attributes.get("value"), ir.TensorProtocol):
                 return ex.Leaf(value, attributes["value"])
-            raise Untraceable(f"it is given as the attribute '{next(iter(attributes), '?')}' of a Constant node; store it as a tensor")
+            raise Untraceable(
+                f"it is given as the attribute '{next(iter(attributes), '?')}' of a Constant node; store it as a tensor"
+            )
         if node.domain not in ("", "ai.onnx") and (node.domain, op) != (CONTRIB, "DequantizeLinear"):
             raise Untraceable(f"it is computed by {node.domain}.{op}, which has no rule")
         if op in ex.MOVES:
@@ -163,7 +168,11 @@ class Tracer:
             given = self._side(node, 1, scope)
             sizes = attributes.get("split") if given is None else [int(s) for s in given]
             apply = partial(
-                ex.split, sizes=sizes, count=len(node.outputs), axis=int(attributes.get("axis", 0)), index=int(value.index() or 0)
+                ex.split,
+                sizes=sizes,
+                count=len(node.outputs),
+                axis=int(attributes.get("axis", 0)),
+                index=int(value.index() or 0),
             )
             return ex.Move(apply, (self.trace(node.inputs[0], scope),))
         if op in {"Cast", "CastLike"}:
@@ -174,7 +183,10 @@ class Tracer:
             return self._shift(node, scope)
         if op == "DequantizeLinear":
             return self._dequantize(node, scope, attributes)
-        raise Untraceable(f"it is computed by {op}{f' {node.name!r}' if node.name else ''}, which neither moves nor scales its elements")
+        raise Untraceable(
+            f"it is computed by {op}{f' {node.name!r}' if node.name else ''}, "
+            "which neither moves nor scales its elements"
+        )
 
     def constant(self, value: ir.Value | None, scope: Scope) -> np.ndarray:
         """A small constant's value, computed with ONNX's reference implementation where it is not stored."""
@@ -220,10 +232,14 @@ class Tracer:
         full = np.broadcast_shapes(*sides)
         index = 0 if op == "Div" or sides[0] == full else 1
         if sides[index] != full:
-            raise Untraceable(f"it is a product of {list(sides[0])} and {list(sides[1])}, neither of the operand's shape")
+            raise Untraceable(
+                f"it is a product of {list(sides[0])} and {list(sides[1])}, neither of the operand's shape"
+            )
         weight = self.trace(node.inputs[index], scope)
         if self._sources(node.inputs[1 - index], scope).keys() & {id(leaf.value) for leaf in ex.leaves(weight)}:
-            raise Untraceable("its scale is computed from the weight itself (weight normalisation); fold it before pruning")
+            raise Untraceable(
+                "its scale is computed from the weight itself (weight normalisation); fold it before pruning"
+            )
         factor = self.constant(node.inputs[1 - index], scope)
         if op == "Mul":
             return ex.Scale(lambda x: x * factor.astype(x.dtype), weight)
@@ -237,11 +253,15 @@ class Tracer:
             raise Untraceable("a constant is subtracted after it was scaled")
         shape = _layout(arg).shape
         if np.broadcast_shapes(shape, zero.shape) != shape:
-            raise Untraceable(f"it is the difference of {list(shape)} and {list(zero.shape)}, the first not of the operand's shape")
+            raise Untraceable(
+                f"it is the difference of {list(shape)} and {list(zero.shape)}, the first not of the operand's shape"
+            )
         for leaf in ex.leaves(arg):
             stored = leaf.tensor.dtype.numpy()
             if not np.array_equal(zero.astype(stored).astype(np.float64), zero.astype(np.float64)):
-                raise Untraceable(f"the zero point {zero.reshape(-1)[:4]} subtracted from it is no {np.dtype(stored).name}")
+                raise Untraceable(
+                    f"the zero point {zero.reshape(-1)[:4]} subtracted from it is no {np.dtype(stored).name}"
+                )
         return ex.Scale(lambda x: x - zero.astype(x.dtype), arg, _shift_or_none(zero))
 
     def _dequantize(self, node: ir.Node, scope: Scope, attributes: dict[str, Any]) -> ex.Expression:
@@ -265,7 +285,13 @@ class Tracer:
         return ex.Scale(lambda x: ex.dequantize(x, spread_scale, spread_zero), arg, _shift_or_none(spread_zero))
 
     def _quantised(
-        self, node: ir.Node, scope: Scope, role: Role, operand: ex.Expression, shape: tuple[int, ...], attributes: dict[str, Any]
+        self,
+        node: ir.Node,
+        scope: Scope,
+        role: Role,
+        operand: ex.Expression,
+        shape: tuple[int, ...],
+        attributes: dict[str, Any],
     ) -> ex.Expression:
         """The operand of an operator that dequantises it itself."""
         parameters: list[np.ndarray | None] = []
@@ -371,7 +397,9 @@ class Tracer:
         outer: Scope | None = scope
         while outer is not None:
             if outer.function is function:
-                raise PruneError(f"function '{node.domain}.{node.op_type}' calls itself, which ONNX forbids: the model is invalid")
+                raise PruneError(
+                    f"function '{node.domain}.{node.op_type}' calls itself, which ONNX forbids: the model is invalid"
+                )
             outer = outer.parent
         return self._scopes.setdefault((id(node), scope), Scope(node, function, scope))
 
@@ -408,7 +436,8 @@ class Tracer:
 
 def _bodies(model: ir.Model) -> Iterator[tuple[int, ir.Node]]:
     """Each loop's body, by identity, with the loop."""
-    for graph in (model.graph, *model.functions.values()):
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for graph in graphs:
         for node in graph.all_nodes():
             if node.op_type in {"Loop", "Scan"} and node.domain in ("", "ai.onnx") and "body" in node.attributes:
                 yield id(node.attributes["body"].as_graph()), node

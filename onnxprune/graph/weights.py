@@ -22,7 +22,14 @@ from onnxprune.graph.roles import OPAQUE, ROLES, Role
 from onnxprune.graph.trace import Scope, Tracer, Untraceable, Use
 
 FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
-INTEGERS = {ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT16, ir.DataType.UINT16}
+INTEGERS = {
+    ir.DataType.INT8,
+    ir.DataType.UINT8,
+    ir.DataType.INT4,
+    ir.DataType.UINT4,
+    ir.DataType.INT16,
+    ir.DataType.UINT16,
+}
 
 
 class Storage(Protocol):
@@ -78,7 +85,7 @@ class Weight:
         return self.role(np.broadcast_to(np.bool_(False), self.shape)).shape
 
     def values(self) -> np.ndarray:
-        """The weight as its operator sees it, in role order: dequantised, scaled. A view where nothing changes values."""
+        """The weight as its operator sees it, in role order: dequantised, scaled. A view where values are stored so."""
         use = self.uses[0]
         if self._places is None:
             return use.view(ex.compute(use.expression, self._read))
@@ -134,7 +141,9 @@ class Weight:
             return True
         stored = zero.astype(self.dtype)
         for use in self.uses:
-            seen = ex.compute(use.expression, lambda leaf: stored if leaf.tensor is self.leaf.tensor else self._read(leaf))
+            seen = ex.compute(
+                use.expression, lambda leaf: stored if leaf.tensor is self.leaf.tensor else self._read(leaf)
+            )
             if np.any(seen[ex.push(use.expression, self._indices) >= 0]):
                 return False
         return True
@@ -276,12 +285,19 @@ def find(model: Model) -> tuple[list[Weight], list[Skipped]]:
         names = frozenset({name, name.rpartition(".")[0], *(use.node for use in uses)}) - {""}
         tensor = entry.leaf.tensor
         storage = TensorStorage(model, tensor)
-        weight = Weight(name, types, names, entry.leaf.shape, np.dtype(tensor.dtype.numpy()), storage, tuple(uses), entry.leaf)
+        weight = Weight(
+            name, types, names, entry.leaf.shape, np.dtype(tensor.dtype.numpy()), storage, tuple(uses), entry.leaf
+        )
         if weight.zero_everywhere():
             taken.add(name)
             weights.append(weight)
         else:
-            skip(entry.leaf.value, entry.where, weight.op_type, "it is read with different zero points: no stored value is 0.0 to all of them")
+            skip(
+                entry.leaf.value,
+                entry.where,
+                weight.op_type,
+                "it is read with different zero points: no stored value is 0.0 to all of them",
+            )
     return weights, list(skipped.values())
 
 
@@ -307,7 +323,12 @@ def _operands(tracer: Tracer, node: ir.Node, scope: Scope) -> Iterator[tuple[int
         for role in given:
             behind = "" if role in constant else tracer.behind(node.inputs[role.operand], scope)
             if behind:
-                yield role.operand, partial(_refuse, f"the {behind} after it takes a shape, a scale or a zero point known at run time only")
+                yield (
+                    role.operand,
+                    partial(
+                        _refuse, f"the {behind} after it takes a shape, a scale or a zero point known at run time only"
+                    ),
+                )
 
 
 def _given(node: ir.Node, index: int) -> bool:
@@ -341,7 +362,8 @@ def _roles_first(uses: list[Use], tracer: Tracer) -> list[Use]:
 
 def _unsupported(leaf: ex.Leaf) -> str:
     if leaf.tensor.dtype not in FLOATS | INTEGERS:
-        return f"its type {leaf.tensor.dtype.name} cannot be pruned (float16, bfloat16, float32, float64 and quantised integers can)"
+        name = leaf.tensor.dtype.name
+        return f"its type {name} cannot be pruned (float16, bfloat16, float32, float64 and quantised integers can)"
     if leaf.tensor.size == 0:
         return "it is empty"
     return ""
@@ -403,6 +425,6 @@ def check_finite(weight: Weight, values: np.ndarray) -> None:
     bad = 0 if finite else int(np.count_nonzero(~np.isfinite(values.astype(np.float64))))
     if bad:
         raise PruneError(
-            f"weight '{weight.name}' {list(weight.shape)} ({weight.op_type}) holds {bad} entries that are NaN or infinite; "
-            "it has no meaningful magnitudes: exclude it by op_names, or repair the model"
+            f"weight '{weight.name}' {list(weight.shape)} ({weight.op_type}) holds {bad} entries that are NaN or "
+            "infinite; it has no meaningful magnitudes: exclude it by op_names, or repair the model"
         )

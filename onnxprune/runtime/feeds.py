@@ -373,7 +373,7 @@ def random_feeds(
     """
     inputs = tuple(inputs) if inputs is not None else open_session(model).inputs
     required = [value for value in inputs if value.required]
-    sizes, notes = _resolve_shapes(required, dict(shapes or {}))
+    sizes, notes = resolve_shapes(required, dict(shapes or {}))
     rng = np.random.default_rng(seed)
     seeking = any(value.dtype.kind in "iu" for value in required)
     rows = _embedding_rows(model) if seeking else {}
@@ -381,9 +381,14 @@ def random_feeds(
     return feed, notes
 
 
-def _resolve_shapes(
+def resolve_shapes(
     inputs: list[ModelInput], shapes: dict[str, Sequence[int]]
 ) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """The shape each input is taken with: as given, as declared, else a sensible default, with a note for each default.
+
+    Raises:
+        PruneError: a shape is given for no input, or does not fit the declared one.
+    """
     named: dict[str, int] = {}
     for name, given in shapes.items():
         value = next((v for v in inputs if v.name == name), None)

@@ -1,0 +1,460 @@
+"""Masks held in TensorFlow graphs: the forward pass is masked, and zeros stay through training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tf1_nets import OPTIMIZERS, WEIGHTS, Net, X, net, read, session, v1
+
+from onnxprune.converters.tensorflow import AGP_Pruner, AGPPruner, LevelPruner, SensitivityPruner
+from onnxprune.errors import PruneError
+
+HALF = [{"sparsity": 0.5, "op_types": "default"}]
+
+
+def masks_hold(pruner: Any, values: dict[str, np.ndarray], *, dense: tuple[str, ...] = ()) -> None:
+    """Every pruned entry is +0.0, and no other entry is 0."""
+    assert pruner.masks
+    for name, keep in pruner.masks.items():
+        gone = values[name][~keep]
+        assert not gone.any(), f"{name}: {np.count_nonzero(gone)} of {gone.size} pruned entries live"
+        assert not np.signbit(gone).any(), f"{name}: -0.0"
+        if name not in dense:
+            assert values[name][keep].all(), f"{name}: an entry died"
+
+
+def level(values: np.ndarray, sparsity: float, name: str) -> np.ndarray:
+    """Level pruning by hand: the smallest of the role order go, the lower index first."""
+    order = {"conv/kernel": (3, 2, 0, 1), "fc/kernel": (1, 0)}.get(name)
+    role = values.reshape(3, 3, 1, 16).transpose(3, 2, 0, 1) if order is None else values.transpose(order)
+    keep = np.ones(role.size, bool)
+    keep[np.argsort(np.abs(role).reshape(-1), kind="stable")[: int(role.size * sparsity)]] = False
+    keep = keep.reshape(role.shape)
+    if order is None:
+        return keep.transpose(2, 3, 1, 0).reshape(values.shape)
+    return keep.transpose(np.argsort(order))
+
+
+def logits_of(values: dict[str, np.ndarray]) -> np.ndarray:
+    """The net's output with these values, in a graph of its own that nobody prunes."""
+    plain = net()
+    init = plain.init()
+    with session(plain.graph) as sess:
+        sess.run(init)
+        for variable in plain.graph.get_collection("variables"):
+            variable.load(values[variable.op.name], sess)
+        return np.asarray(sess.run(plain.logits, plain.feed()))
+
+
+TABLE = [(name, when, ref) for name in OPTIMIZERS for when in ("before", "after") for ref in (False, True)]
+QUICK = {("momentum", "before", False), ("adam", "after", False), ("adam", "before", True), ("rmsprop", "after", True)}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "when", "ref"),
+    [pytest.param(*row, id=f"{row[0]}-{row[1]}-{'ref' if row[2] else 'resource'}", marks=() if row in QUICK else pytest.mark.slow) for row in TABLE],
+)
+@pytest.mark.parametrize("step", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["counter", "no counter"])
+def test_zeros_stay(optimizer: str, when: str, ref: bool, step: bool) -> None:
+    built = net(ref=ref)
+    train = built.train(optimizer, step=step) if when == "before" else None
+    init = built.init() if when == "before" else None
+    pruner = LevelPruner(HALF)
+    pruner(built.graph)
+    train = built.train(optimizer, step=step) if train is None else train
+    init = built.init() if init is None else init
+    names = [v.op.name for v in built.graph.get_collection("variables")]
+    assert not [n for n in names if "onnxprune" in n]
+    with session(built.graph) as sess:
+        sess.run(init)
+        before = read(sess)
+        assert not pruner.masks
+        logits = sess.run(built.logits, built.feed())
+        for name in WEIGHTS:
+            np.testing.assert_array_equal(pruner.masks[name], level(before[name], 0.5, name))
+        formed = dict(pruner.masks)
+        np.testing.assert_allclose(logits, logits_of(before | {n: before[n] * formed[n] for n in WEIGHTS}), atol=1e-6)
+        losses = []
+        for _ in range(4):
+            losses.append(sess.run([train, built.loss], built.feed())[1])
+            masks_hold(pruner, read(sess), dense=WEIGHTS if optimizer == "ftrl" else ())
+        assert losses[-1] < losses[0]
+        assert all(np.array_equal(formed[n], pruner.masks[n]) for n in WEIGHTS), "the masks of a level stay"
+        assert (sess.graph.get_collection("global_step") == []) or sess.run(v1.train.get_global_step(built.graph)) == 4 * step
+
+
+def test_the_first_run_may_be_a_step_whose_gradient_never_sees_the_forward_pass() -> None:
+    for ref in (False, True):
+        with tf.Graph().as_default() as graph:
+            x = v1.placeholder(tf.float32, (4, 10))
+            w = v1.get_variable("w", (10, 10), use_resource=not ref)
+            train = v1.train.MomentumOptimizer(100.0, 0.9).minimize(tf.reduce_sum(tf.matmul(x, w)))
+            init = v1.global_variables_initializer()
+        pruner = LevelPruner(HALF)
+        pruner(graph)
+        for _ in range(5):  # a race shows in one of several sessions
+            with v1.Session(graph=graph) as sess:
+                sess.run(init)
+                sess.run(train, {x: np.ones((4, 10), "f4")})
+                masks_hold(pruner, read(sess))
+
+
+def test_nni_ten_by_ten() -> None:
+    """NNI's published case: W[j][i] = i + 0.1 j, 90 % pruned, fed with ones: the ten largest sum to 94.5."""
+    with tf.Graph().as_default() as graph:
+        w = v1.get_variable("w", initializer=np.array([[i + 0.1 * j for i in range(10)] for j in range(10)], "f4"))
+        x = v1.placeholder(tf.float32, (1, 10))
+        y = tf.reduce_sum(tf.matmul(x, w))
+        LevelPruner([{"sparsity": 0.9, "op_types": "default"}])(v1.get_default_graph())
+        with v1.Session() as sess:
+            sess.run(v1.global_variables_initializer())
+            assert sess.run(y, {x: np.ones((1, 10), "f4")}) == pytest.approx(94.5, abs=1e-4)
+        assert graph is v1.get_default_graph()
+
+
+def test_nni_documentation() -> None:
+    """The order of NNI's documentation, as it is typed there."""
+    built = net()
+    with built.graph.as_default():
+        train_op = v1.train.AdamOptimizer(0.01).minimize(built.loss)
+
+        config_list = [{"initial_sparsity": 0, "final_sparsity": 0.8, "start_epoch": 1, "end_epoch": 10, "frequency": 1, "op_types": "default"}]
+        pruner = AGP_Pruner(config_list)
+        pruner(tf.compat.v1.get_default_graph())
+        sparsities = []
+        with v1.Session() as sess:
+            sess.run(v1.global_variables_initializer())
+            for epoch in range(1, 12):
+                pruner.update_epoch(epoch, sess)
+                for _ in range(2):
+                    sess.run(train_op, built.feed())
+                sparsities.append(pruner.sparsity)
+            values = read(sess)
+    masks_hold(pruner, values)
+    assert sparsities == sorted(sparsities)
+    assert sparsities[0] == 0
+    assert sparsities[-1] == pytest.approx(0.8, abs=0.001)
+    assert len(set(sparsities)) == 10
+    zeros = sum(np.count_nonzero(values[n] == 0) for n in WEIGHTS)
+    assert zeros == pruner.report.zeros == sum(int(values[n].size * 0.8) for n in WEIGHTS)
+
+
+def test_a_schedule_is_moved_in_a_finalised_graph(tmp_path: Path) -> None:
+    built = net()
+    train = built.train("momentum")
+    pruner = AGPPruner([{"final_sparsity": 0.8, "start_epoch": 0, "end_epoch": 2}])
+    pruner(built.graph)
+    with built.graph.as_default():
+        sess = v1.train.MonitoredTrainingSession(checkpoint_dir=str(tmp_path), save_checkpoint_secs=None, save_checkpoint_steps=2)
+        with sess:
+            for epoch in range(4):
+                pruner.update_epoch(epoch, sess)
+                sess.run(train, built.feed())
+            values = {n: sess.run(f"{n}/Read/ReadVariableOp:0") for n in WEIGHTS}
+            written = pruner.export(tmp_path / "net.onnx", sess=sess, outputs="logits")
+    masks_hold(pruner, values)
+    assert pruner.sparsity == pytest.approx(0.8, abs=0.001)
+    assert written.sparsity == pruner.sparsity
+
+
+def test_sensitivity_prunes_by_the_spread_of_the_values() -> None:
+    built = net()
+    pruner = SensitivityPruner([{"quality": 0.7}])
+    pruner(built.graph)
+    init = built.init()
+    with session(built.graph) as sess:
+        sess.run(init)
+        sess.run(built.logits, built.feed())
+        values = read(sess)
+    for name in WEIGHTS:
+        np.testing.assert_array_equal(pruner.masks[name], np.abs(values[name]) >= 0.7 * np.std(values[name].astype("f8")))
+
+
+def test_gradients_clipped_accumulated_and_a_user_constraint() -> None:
+    """Optimizers are driven by hand; a constraint of the user's own is applied first."""
+    for when in ("before", "after"):
+        with tf.Graph().as_default() as graph:
+            x = v1.placeholder(tf.float32, (None, 12))
+            w = v1.get_variable("w", (12, 6), constraint=lambda v: tf.clip_by_norm(v, 1.0, axes=[0]))
+            sums = v1.get_variable("sums", (12, 6), initializer=v1.zeros_initializer(), trainable=False)
+            loss = tf.reduce_mean(tf.square(tf.matmul(x, w) - 1))
+
+            def training(loss: Any = loss, w: Any = w, sums: Any = sums) -> tuple[Any, Any]:
+                optimizer = v1.train.MomentumOptimizer(0.5, 0.9)
+                clipped, _ = tf.clip_by_global_norm([g for g, _ in optimizer.compute_gradients(loss, [w])], 1.0)
+                return sums.assign_add(clipped[0]), optimizer.apply_gradients([(sums.read_value(), w)])
+
+            ops = training() if when == "before" else None
+            pruner = LevelPruner(HALF)
+            pruner(graph)
+            accumulate, train = ops or training()
+            init = v1.global_variables_initializer()
+        with session(graph) as sess:
+            sess.run(init)
+            for _ in range(3):
+                for _ in range(2):
+                    sess.run(accumulate, {x: np.random.default_rng(0).normal(size=(8, 12))})
+                sess.run(train)
+                value = sess.run(w)
+                masks_hold(pruner, {"w": value})
+                assert np.linalg.norm(value, axis=0).max() <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("ref", [False, True], ids=["resource", "ref"])
+def test_steps_written_by_hand_are_held(ref: bool) -> None:
+    with tf.Graph().as_default() as graph:
+        x = v1.placeholder(tf.float32, (None, 12))
+        a, b, c = (v1.get_variable(n, (12, 6), use_resource=not ref) for n in "abc")
+        loss = tf.reduce_mean(sum(tf.square(tf.matmul(x, w) - 1) for w in (a, b, c)))
+        ga, gb, gc = tf.gradients(loss, [a, b, c])
+        steps = [a.assign_sub(0.1 * ga), b.assign(b - 0.1 * gb), v1.scatter_sub(c, [0, 1, 2], 0.1 * tf.gather(gc, [0, 1, 2]))]
+        init = v1.global_variables_initializer()
+    pruner = LevelPruner(HALF)
+    pruner(graph)
+    with session(graph) as sess:
+        sess.run(init)
+        for _ in range(2):
+            sess.run([*steps, loss], {x: np.random.default_rng(0).normal(size=(8, 12))})
+        values = read(sess)
+        for name in "abc":
+            assert not values[name][~pruner.masks[name]].any(), name
+
+
+def test_an_embedding_is_masked_when_named() -> None:
+    config = [{"sparsity": 0.5, "op_types": ["Embedding"]}]
+    for ref in (False, True):
+        for when in ("before", "after"):
+            with tf.Graph().as_default() as graph:
+                ids = v1.placeholder(tf.int32, (None, 3))
+                table = v1.get_variable("table", (20, 4), use_resource=not ref)
+                rows = tf.nn.embedding_lookup(table, ids)
+                loss = tf.reduce_mean(tf.square(rows - 1))
+                make = lambda loss=loss: v1.train.AdamOptimizer(0.1).minimize(loss)  # noqa: E731
+                train = make() if when == "before" else None
+                pruner = LevelPruner(config)
+                pruner(graph)
+                train = make() if train is None else train
+                init = v1.global_variables_initializer()
+            with session(graph) as sess:
+                sess.run(init)
+                dense = sess.run(table)
+                feed = {ids: np.arange(18).reshape(6, 3)}
+                got = sess.run(rows, feed)
+                np.testing.assert_array_equal(got, (dense * pruner.masks["table"])[feed[ids]])
+                for _ in range(3):
+                    sess.run(train, feed)
+                    masks_hold(pruner, {"table": sess.run(table)})
+
+
+def test_a_checkpoint_knows_no_masks_and_another_session_goes_on(tmp_path: Path) -> None:
+    built = net()
+    train, init = built.train("adam"), built.init()
+    with built.graph.as_default():
+        names = {v.op.name for v in v1.global_variables()}
+        pruner = LevelPruner(HALF)
+        pruner(built.graph)
+        saver = v1.train.Saver()
+    with session(built.graph) as sess:
+        sess.run(init)
+        sess.run(train, built.feed())
+        path = saver.save(sess, str(tmp_path / "model"), write_meta_graph=False)
+        first = dict(pruner.masks)
+    assert {name for name, _ in tf.train.list_variables(path)} == names
+    with session(built.graph) as sess:
+        saver.restore(sess, path)
+        sess.run(train, built.feed())
+        masks_hold(pruner, read(sess))
+    assert all(np.array_equal(first[n], pruner.masks[n]) for n in WEIGHTS)
+
+
+def test_interrupted_and_resumed_is_uninterrupted(tmp_path: Path) -> None:
+    config = [{"final_sparsity": 0.9, "start_epoch": 0, "end_epoch": 4}]
+
+    def run(epochs: range, pruner: Any, sess: Any, built: Net, train: Any) -> None:
+        for epoch in epochs:
+            pruner.update_epoch(epoch, sess)
+            sess.run(train, built.feed())
+
+    def start() -> tuple[Net, Any, Any, Any, Any]:
+        built = net()
+        train, init = built.train("adam"), built.init()
+        with built.graph.as_default():
+            saver = v1.train.Saver()
+        pruner = AGPPruner(config)
+        pruner(built.graph)
+        return built, train, init, saver, pruner
+
+    built, train, init, saver, whole = start()
+    with session(built.graph) as sess:
+        sess.run(init)
+        path = saver.save(sess, str(tmp_path / "initial"), write_meta_graph=False)
+        run(range(6), whole, sess, built, train)
+        expected = read(sess)
+    built, train, init, saver, pruner = start()
+    with session(built.graph) as sess:
+        saver.restore(sess, path)
+        run(range(3), pruner, sess, built, train)
+        path = saver.save(sess, str(tmp_path / "half"), write_meta_graph=False)
+        state = pruner.state_dict()
+    for order in ("before the graph", "before the session", "with the session"):
+        built, train, init, saver, pruner = start() if order != "before the graph" else (*start()[:4], AGPPruner(config))
+        if order == "before the graph":
+            built = net()
+            train = built.train("adam")
+            with built.graph.as_default():
+                saver = v1.train.Saver()
+            pruner.load_state_dict(state)
+            pruner(built.graph)
+        if order == "before the session":
+            pruner.load_state_dict(state)
+        with session(built.graph) as sess:
+            saver.restore(sess, path)
+            if order == "with the session":
+                pruner.load_state_dict(state, sess)
+            run(range(3, 6), pruner, sess, built, train)
+            values = read(sess)
+        assert pruner.masks == whole.masks, order
+        for name in expected:
+            np.testing.assert_allclose(values[name], expected[name], atol=1e-5, err_msg=f"{order}: {name}")
+
+
+def test_removed_it_is_plain_with_zeros(tmp_path: Path) -> None:
+    for when in ("before", "after"):
+        built = net()
+        plain = {op.name: (list(op.inputs), list(op.control_inputs)) for op in built.graph.get_operations()}
+        train = built.train("momentum") if when == "before" else None
+        if when == "before":
+            plain = {op.name: (list(op.inputs), list(op.control_inputs)) for op in built.graph.get_operations()}
+        pruner = LevelPruner(HALF)
+        pruner(built.graph)
+        train = built.train("momentum") if train is None else train
+        init = built.init()
+        with built.graph.as_default():
+            saver = v1.train.Saver()
+        with session(built.graph) as sess:
+            sess.run(init)
+            sess.run(built.logits, built.feed())
+            masks = dict(pruner.masks)
+            kept = {n: v.constraint for n, v in ((v.op.name, v) for v in built.graph.get_collection("trainable_variables"))}
+            assert any(kept.values())
+            pruner.remove()
+            values = read(sess)
+            for name in WEIGHTS:
+                assert not values[name][~masks[name]].any()
+                assert values[name][masks[name]].all()
+            path = saver.save(sess, str(tmp_path / when))
+            for _ in range(2):
+                sess.run(train, built.feed())
+            assert all(np.count_nonzero(read(sess)[n] == 0) == 0 for n in ("conv/kernel", "fc/kernel"))
+        for op in built.graph.get_operations():
+            if op.name in plain:
+                assert (list(op.inputs), list(op.control_inputs)) == plain[op.name], op.name
+        assert not any(v.constraint for v in built.graph.get_collection("trainable_variables"))
+        with tf.Graph().as_default() as other, session(other) as sess:
+            v1.train.import_meta_graph(f"{path}.meta").restore(sess, path)
+            assert sess.run("logits:0", {"x:0": X}).shape == (32, 10)
+        again = LevelPruner([{"sparsity": 0.75}])
+        again(built.graph)
+        with session(built.graph) as sess:
+            saver.restore(sess, path)
+            sess.run(built.logits, built.feed())
+        assert again.sparsity == pytest.approx(0.75, abs=0.001)
+
+
+def test_a_checkpoint_of_something_else_is_pruned_again_and_said() -> None:
+    built = net()
+    pruner = LevelPruner(HALF)
+    pruner(built.graph)
+    init = built.init()
+    with session(built.graph) as sess:
+        sess.run(init)
+        pruner.update_epoch(0, sess)
+        masks_hold(pruner, read(sess))
+        sess.run(init)
+        with pytest.warns(UserWarning, match=r"pruned entries of conv/kernel, dw/kernel, fc/kernel were written"):
+            pruner.update_epoch(1, sess)
+        masks_hold(pruner, read(sess))
+
+
+def refused(pattern: str, call: Callable[[], Any]) -> None:
+    with pytest.raises(PruneError, match=pattern):
+        call()
+
+
+def test_a_session_that_ran_is_refused() -> None:
+    built = net()
+    train, init = built.train("sgd"), built.init()
+    edges = {op.name: (list(op.inputs), list(op.control_inputs)) for op in built.graph.get_operations()}
+    with session(built.graph) as sess:
+        sess.run(built.graph.get_operation_by_name("conv/kernel/Initializer/random_uniform/shape"))  # anything at all
+        refused("already run this graph.*open a new session", lambda: LevelPruner(HALF)(built.graph))
+    ops = built.graph.get_operations()
+    assert all((list(op.inputs), list(op.control_inputs)) == edges[op.name] for op in ops if op.name in edges)
+    pruner = LevelPruner(HALF)
+    with session(built.graph) as sess:  # made before, run after: fine
+        pruner(built.graph)
+        sess.run(init)
+        sess.run(train, built.feed())
+        masks_hold(pruner, read(sess))
+
+
+def test_refusals() -> None:
+    built = net()
+    init = built.init()
+    pruner = LevelPruner(HALF)
+    operations = len(built.graph.get_operations())
+    refused(r"config entry 1 .* matches no weight; types present: .*Conv2D", lambda: LevelPruner([{"sparsity": 0.5, "op_types": ["LSTM"]}])(built.graph))
+    assert len(built.graph.get_operations()) == operations, "nothing is edited for a configuration that matches nothing"
+    pruner(built.graph)
+    refused(r"another pruner holds masks.*remove", lambda: LevelPruner(HALF)(built.graph))
+    refused(r"expected sess, a session of this graph.*None", lambda: pruner.update_epoch(1))
+    with session(tf.Graph()) as sess:
+        refused(r"not Session of another graph", lambda: pruner.update_epoch(1, sess))
+    with session(built.graph) as sess:
+        refused(r"no values yet; run their initialisers", lambda: pruner.update_epoch(1, sess))
+        sess.run(init)
+        pruner.update_epoch(1, sess)
+    finalised = net()
+    finalised.graph.finalize()
+    refused(r"finalised; call the pruner before", lambda: LevelPruner(HALF)(finalised.graph))
+    refused(r"no weight that can be pruned", lambda: LevelPruner(HALF)(tf.Graph()))
+    with tf.Graph().as_default() as empty:
+        tf.matmul(v1.placeholder(tf.float32, (2, 3)), v1.get_variable("w", (3, 3)))
+    refused(r"leaves out all of w", lambda: LevelPruner([{"sparsity": 0.5}, {"op_names": ["w"], "exclude": True}])(empty))
+
+
+def test_what_is_left_alone_is_said() -> None:
+    with tf.Graph().as_default() as graph:
+        x = v1.placeholder(tf.float32, (None, 6))
+        loop, branch, scaled, product, factor, complex_, hidden, good = (
+            v1.get_variable(n, (6, 6), dtype=tf.complex64 if n == "complex" else tf.float32)
+            for n in ("loop", "branch", "scaled", "product", "factor", "complex", "hidden", "good")
+        )
+        y = tf.while_loop(lambda i, h: i < 3, lambda i, h: (i + 1, tf.matmul(h, loop)), (0, x))[1]
+        y = tf.cond(tf.reduce_sum(y) > 0, lambda: tf.matmul(y, branch), lambda: y)
+        y = tf.matmul(y, scaled * 2.0)
+        y = tf.matmul(y, tf.matmul(product, factor))
+        y = tf.math.real(tf.matmul(tf.cast(y, tf.complex64), complex_))
+        y = tf.matmul(tf.matmul(y, hidden), good)
+        for key in ("variables", "trainable_variables"):
+            graph.get_collection_ref(key).remove(hidden)
+        init = v1.global_variables_initializer()
+    pruner = LevelPruner(HALF)
+    pruner(graph)
+    with session(graph) as sess:
+        sess.run([init, hidden.initializer])
+        sess.run(y, {x: np.ones((2, 6))})
+    assert set(pruner.masks) == {"good"}
+    reasons = {s.name: s.reason for s in pruner.report.skipped}
+    expected = {
+        "loop": "inside the While 'while'", "branch": "inside the If 'cond'", "scaled": "the Mul 'mul' between it",
+        "product": "both operands of MatMul", "factor": "both operands", "complex": "complex64 cannot be pruned", "hidden": "none of the graph's collections",
+    }  # fmt: skip
+    assert set(reasons) == set(expected)
+    for name, text in expected.items():
+        assert text in reasons[name], (name, reasons[name])
