@@ -55,9 +55,9 @@ class Task:
 
 
 TASKS = {
-    "lenet-300-100": Task(mnist, True, {"fc1": 0.922, "fc2": 0.91, "fc3": 0.74}, (30, 30), 0.3),
+    "lenet-300-100": Task(mnist, True, {"fc1": 0.922, "fc2": 0.91, "fc3": 0.74}, (30, 80), 0.3),
     "lenet5": Task(mnist, True, {"conv1": 0.34, "conv2": 0.88, "fc1": 0.922, "fc2": 0.81}, (20, 20), 0.3),
-    "bilstm": Task(japanese_vowels, False, {"": 0.8}, (60, 60), 0.5),
+    "bilstm": Task(japanese_vowels, False, {"": 0.8}, (60, 240), 0.5),
     "animal-cnn": Task(animal_mnist, True, {"": 0.9}, (12, 16), 0.5),
 }
 

@@ -17,6 +17,7 @@ from onnxprune import config as configuration
 from onnxprune._version import __version__
 from onnxprune.algorithms.pruner import Clock, decide
 from onnxprune.errors import PruneError
+from onnxprune.graph.files import writing
 from onnxprune.graph.masks import Masks
 from onnxprune.graph.model import Model, ModelSource, load
 from onnxprune.graph.weights import Skipped, Weight, find
@@ -346,11 +347,14 @@ def row(weight: Weight, keep: np.ndarray) -> Row:
 
 
 def _check_target(model: Model, target: Path, force: bool) -> None:
-    if model.path is not None and target.exists() and os.path.samefile(model.path, target) and not force:
+    with writing(target):
+        same = model.path is not None and target.exists() and os.path.samefile(model.path, target)
+        folder = target.is_dir()
+    if same and not force:
         raise PruneError(
             f"the output '{target}' is the input itself; choose another name, or --force (force=True) to replace it"
         )
-    if target.is_dir():
+    if folder:
         raise PruneError(f"the output '{target}' is a folder; give the name of a file in it")
 
 

@@ -101,7 +101,7 @@ def test_convlstm_by_its_graph():
 
 NAMED = {
     "Dense": ({"op_types": ["Dense"]}, ["inner/kernel", "outer/kernel"]),
-    "class and ONNX name": ({"op_types": ["Conv2D", "Gather", "Embedding"]}, ["conv/kernel", "table/embeddings"]),
+    "two types": ({"op_types": ["Conv2D", "Embedding"]}, ["conv/kernel", "table/embeddings"]),
     "Conv": ({"op_types": "Conv"}, ["conv/kernel", "sep/depthwise_kernel", "sep/pointwise_kernel"]),
     "MatMul": ({"op_types": ["MatMul"], "op_names": ["*er/kernel"]}, ["inner/kernel", "outer/kernel"]),
     "LSTM": ({"op_types": ["LSTM"]}, ["lstm/lstm_cell/kernel", "lstm/lstm_cell/recurrent_kernel"]),

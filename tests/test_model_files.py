@@ -19,6 +19,7 @@ from onnx import TensorProto, numpy_helper
 
 import onnxprune
 from onnxprune import PruneError, inspect, prune
+from onnxprune.graph.model import load
 
 # ------------------------------------------------------------------ external data
 
@@ -357,6 +358,23 @@ def test_the_record(tmp_path: Path) -> None:
     (text,) = [p.value for p in onnx.load(tmp_path / "long.onnx").metadata_props if p.key == "onnxprune"]
     assert len(text) < 2048
     assert json.loads(text)["config_list"] == "200 entries"
+
+
+@pytest.mark.parametrize("raw", [True, False], ids=["raw", "typed"])
+@pytest.mark.parametrize("kind", sorted(set(TensorProto.DataType.values()) - {TensorProto.UNDEFINED}))
+def test_tensors_of_every_type_are_read(kind: int, raw: bool) -> None:
+    """Of an odd number of elements, so that packed types do not fill their last byte."""
+    if raw and kind == TensorProto.STRING:
+        return
+    tensor = TensorProto(name="w", data_type=kind, dims=[3, 3])
+    if raw:
+        tensor.raw_data = bytes(-(-9 * ir.DataType(kind).bitwidth // 8))
+    else:
+        entries = ["a"] * 9 if kind == TensorProto.STRING else [1] * 9
+        tensor = onnx.helper.make_tensor("w", kind, [3, 3], entries)
+    model = parse("(float[2] x) => (float[2] y) { y = Identity(x) }")
+    model.graph.initializer.append(tensor)
+    assert load(model).proto.graph.initializer[0] == tensor
 
 
 # ------------------------------------------------------------------ above 2 GB

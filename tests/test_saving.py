@@ -19,8 +19,6 @@ from nets import parse
 from onnxprune import PruneError, prune
 from onnxprune.graph.model import load
 
-# ------------------------------------------------------------------ all or nothing
-
 
 @pytest.fixture
 def target(tmp_path: Path) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+from onnxprune.converters.tensorflow import AGP_Pruner, AGPPruner, LevelPruner, SensitivityPruner
 from tf1_nets import OPTIMIZERS, WEIGHTS, Net, X, net, read, session, v1
 
-from onnxprune.converters.tensorflow import AGP_Pruner, AGPPruner, LevelPruner, SensitivityPruner
 from onnxprune.errors import PruneError
 
 HALF = [{"sparsity": 0.5, "op_types": "default"}]
@@ -57,7 +59,14 @@ QUICK = {("momentum", "before", False), ("adam", "after", False), ("adam", "befo
 
 @pytest.mark.parametrize(
     ("optimizer", "when", "ref"),
-    [pytest.param(*row, id=f"{row[0]}-{row[1]}-{'ref' if row[2] else 'resource'}", marks=() if row in QUICK else pytest.mark.slow) for row in TABLE],
+    [
+        pytest.param(
+            *row,
+            id=f"{row[0]}-{row[1]}-{'ref' if row[2] else 'resource'}",
+            marks=() if row in QUICK else pytest.mark.slow,
+        )
+        for row in TABLE
+    ],
 )
 @pytest.mark.parametrize("step", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["counter", "no counter"])
 def test_zeros_stay(optimizer: str, when: str, ref: bool, step: bool) -> None:
@@ -85,7 +94,9 @@ def test_zeros_stay(optimizer: str, when: str, ref: bool, step: bool) -> None:
             masks_hold(pruner, read(sess), dense=WEIGHTS if optimizer == "ftrl" else ())
         assert losses[-1] < losses[0]
         assert all(np.array_equal(formed[n], pruner.masks[n]) for n in WEIGHTS), "the masks of a level stay"
-        assert (sess.graph.get_collection("global_step") == []) or sess.run(v1.train.get_global_step(built.graph)) == 4 * step
+        assert (sess.graph.get_collection("global_step") == []) or sess.run(
+            v1.train.get_global_step(built.graph)
+        ) == 4 * step
 
 
 def test_the_first_run_may_be_a_step_whose_gradient_never_sees_the_forward_pass() -> None:
@@ -123,7 +134,16 @@ def test_nni_documentation() -> None:
     with built.graph.as_default():
         train_op = v1.train.AdamOptimizer(0.01).minimize(built.loss)
 
-        config_list = [{"initial_sparsity": 0, "final_sparsity": 0.8, "start_epoch": 1, "end_epoch": 10, "frequency": 1, "op_types": "default"}]
+        config_list = [
+            {
+                "initial_sparsity": 0,
+                "final_sparsity": 0.8,
+                "start_epoch": 1,
+                "end_epoch": 10,
+                "frequency": 1,
+                "op_types": "default",
+            }
+        ]
         pruner = AGP_Pruner(config_list)
         pruner(tf.compat.v1.get_default_graph())
         sparsities = []
@@ -150,7 +170,9 @@ def test_a_schedule_is_moved_in_a_finalised_graph(tmp_path: Path) -> None:
     pruner = AGPPruner([{"final_sparsity": 0.8, "start_epoch": 0, "end_epoch": 2}])
     pruner(built.graph)
     with built.graph.as_default():
-        sess = v1.train.MonitoredTrainingSession(checkpoint_dir=str(tmp_path), save_checkpoint_secs=None, save_checkpoint_steps=2)
+        sess = v1.train.MonitoredTrainingSession(
+            checkpoint_dir=str(tmp_path), save_checkpoint_secs=None, save_checkpoint_steps=2
+        )
         with sess:
             for epoch in range(4):
                 pruner.update_epoch(epoch, sess)
@@ -172,7 +194,9 @@ def test_sensitivity_prunes_by_the_spread_of_the_values() -> None:
         sess.run(built.logits, built.feed())
         values = read(sess)
     for name in WEIGHTS:
-        np.testing.assert_array_equal(pruner.masks[name], np.abs(values[name]) >= 0.7 * np.std(values[name].astype("f8")))
+        np.testing.assert_array_equal(
+            pruner.masks[name], np.abs(values[name]) >= 0.7 * np.std(values[name].astype("f8"))
+        )
 
 
 def test_gradients_clipped_accumulated_and_a_user_constraint() -> None:
@@ -212,7 +236,11 @@ def test_steps_written_by_hand_are_held(ref: bool) -> None:
         a, b, c = (v1.get_variable(n, (12, 6), use_resource=not ref) for n in "abc")
         loss = tf.reduce_mean(sum(tf.square(tf.matmul(x, w) - 1) for w in (a, b, c)))
         ga, gb, gc = tf.gradients(loss, [a, b, c])
-        steps = [a.assign_sub(0.1 * ga), b.assign(b - 0.1 * gb), v1.scatter_sub(c, [0, 1, 2], 0.1 * tf.gather(gc, [0, 1, 2]))]
+        steps = [
+            a.assign_sub(0.1 * ga),
+            b.assign(b - 0.1 * gb),
+            v1.scatter_sub(c, [0, 1, 2], 0.1 * tf.gather(gc, [0, 1, 2])),
+        ]
         init = v1.global_variables_initializer()
     pruner = LevelPruner(HALF)
     pruner(graph)
@@ -302,7 +330,9 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path: Path) -> None:
         path = saver.save(sess, str(tmp_path / "half"), write_meta_graph=False)
         state = pruner.state_dict()
     for order in ("before the graph", "before the session", "with the session"):
-        built, train, init, saver, pruner = start() if order != "before the graph" else (*start()[:4], AGPPruner(config))
+        built, train, init, saver, pruner = (
+            start() if order != "before the graph" else (*start()[:4], AGPPruner(config))
+        )
         if order == "before the graph":
             built = net()
             train = built.train("adam")
@@ -340,7 +370,9 @@ def test_removed_it_is_plain_with_zeros(tmp_path: Path) -> None:
             sess.run(init)
             sess.run(built.logits, built.feed())
             masks = dict(pruner.masks)
-            kept = {n: v.constraint for n, v in ((v.op.name, v) for v in built.graph.get_collection("trainable_variables"))}
+            kept = {
+                n: v.constraint for n, v in ((v.op.name, v) for v in built.graph.get_collection("trainable_variables"))
+            }
             assert any(kept.values())
             pruner.remove()
             values = read(sess)
@@ -381,6 +413,29 @@ def test_a_checkpoint_of_something_else_is_pruned_again_and_said() -> None:
         masks_hold(pruner, read(sess))
 
 
+def test_a_weight_read_outside_an_old_loop_is_masked_inside() -> None:
+    v1.disable_control_flow_v2()
+    try:
+        with tf.Graph().as_default() as graph:
+            x = v1.placeholder(tf.float32, (2, 6))
+            w = v1.get_variable("w", (6, 6), use_resource=False)
+            y = v1.while_loop(lambda i, h: i < 3, lambda i, h: (i + 1, tf.matmul(h, w)), (0, x))[1]
+            train = v1.train.MomentumOptimizer(0.1, 0.9).minimize(tf.reduce_sum(tf.square(y)))
+            init = v1.global_variables_initializer()
+        pruner = LevelPruner(HALF)
+        pruner(graph)
+    finally:
+        v1.enable_control_flow_v2()
+    with session(graph) as sess:
+        sess.run(init)
+        dense, fed = sess.run(w), np.ones((2, 6), "f4")
+        got = sess.run(y, {x: fed})
+        kept = dense * pruner.masks["w"]
+        np.testing.assert_allclose(got, fed @ kept @ kept @ kept, rtol=1e-5)
+        sess.run(train, {x: fed})
+        masks_hold(pruner, {"w": sess.run(w)})
+
+
 def refused(pattern: str, call: Callable[[], Any]) -> None:
     with pytest.raises(PruneError, match=pattern):
         call()
@@ -408,7 +463,10 @@ def test_refusals() -> None:
     init = built.init()
     pruner = LevelPruner(HALF)
     operations = len(built.graph.get_operations())
-    refused(r"config entry 1 .* matches no weight; types present: .*Conv2D", lambda: LevelPruner([{"sparsity": 0.5, "op_types": ["LSTM"]}])(built.graph))
+    refused(
+        r"config entry 1 .* matches no weight; types present: .*Conv2D",
+        lambda: LevelPruner([{"sparsity": 0.5, "op_types": ["LSTM"]}])(built.graph),
+    )
     assert len(built.graph.get_operations()) == operations, "nothing is edited for a configuration that matches nothing"
     pruner(built.graph)
     refused(r"another pruner holds masks.*remove", lambda: LevelPruner(HALF)(built.graph))
@@ -425,14 +483,16 @@ def test_refusals() -> None:
     refused(r"no weight that can be pruned", lambda: LevelPruner(HALF)(tf.Graph()))
     with tf.Graph().as_default() as empty:
         tf.matmul(v1.placeholder(tf.float32, (2, 3)), v1.get_variable("w", (3, 3)))
-    refused(r"leaves out all of w", lambda: LevelPruner([{"sparsity": 0.5}, {"op_names": ["w"], "exclude": True}])(empty))
+    refused(
+        r"leaves out all of w", lambda: LevelPruner([{"sparsity": 0.5}, {"op_names": ["w"], "exclude": True}])(empty)
+    )
 
 
 def test_what_is_left_alone_is_said() -> None:
     with tf.Graph().as_default() as graph:
         x = v1.placeholder(tf.float32, (None, 6))
         loop, branch, scaled, product, factor, complex_, hidden, good = (
-            v1.get_variable(n, (6, 6), dtype=tf.complex64 if n == "complex" else tf.float32)
+            v1.get_variable(n, initializer=np.ones((6, 6), "c8" if n == "complex" else "f4"), use_resource=True)
             for n in ("loop", "branch", "scaled", "product", "factor", "complex", "hidden", "good")
         )
         y = tf.while_loop(lambda i, h: i < 3, lambda i, h: (i + 1, tf.matmul(h, loop)), (0, x))[1]
@@ -452,9 +512,58 @@ def test_what_is_left_alone_is_said() -> None:
     assert set(pruner.masks) == {"good"}
     reasons = {s.name: s.reason for s in pruner.report.skipped}
     expected = {
-        "loop": "inside the While 'while'", "branch": "inside the If 'cond'", "scaled": "the Mul 'mul' between it",
-        "product": "both operands of MatMul", "factor": "both operands", "complex": "complex64 cannot be pruned", "hidden": "none of the graph's collections",
-    }  # fmt: skip
+        "loop": "it is read inside",
+        "branch": "it is read inside",
+        "scaled": "the Mul 'mul' between it",
+        "product": "both operands of MatMul",
+        "factor": "both operands of MatMul",
+        "complex": "complex64 cannot be pruned",
+        "hidden": "none of the graph's collections",
+    }
     assert set(reasons) == set(expected)
     for name, text in expected.items():
         assert text in reasons[name], (name, reasons[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["test_tf1_hold.py", "test_tf1_masks.py", "test_tf1_export.py"])
+def test_without_the_second_version_of_tensorflow(file: str) -> None:
+    """The same tests under disable_v2_behavior: other variables, other control flow, no eager execution."""
+    run = (
+        "import sys, pytest, tensorflow as tf; tf.compat.v1.disable_v2_behavior(); sys.exit(pytest.main(sys.argv[1:]))"
+    )
+    path = Path(__file__).parent / file
+    command = [sys.executable, "-c", run, "-q", "-m", "not slow", "-p", "no:cacheprovider", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=path.parent.parent, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_a_schedule_counted_in_steps() -> None:
+    built = net()
+    train, init = built.train("sgd"), built.init()
+    pruner = AGPPruner([{"final_sparsity": 0.6, "start_step": 2, "end_step": 6, "frequency": 2}])
+    pruner(built.graph)
+    sparsities = []
+    with session(built.graph) as sess:
+        sess.run(init)
+        for _ in range(8):
+            sess.run(train, built.feed())
+            pruner.step(sess=sess)
+            sparsities.append(round(pruner.sparsity, 3))
+        masks_hold(pruner, read(sess))
+    assert sparsities == pytest.approx([0, 0, 0, 0.525, 0.525, 0.6, 0.6, 0.6], abs=0.002)
+
+
+def test_values_without_meaning_are_refused_by_name() -> None:
+    with tf.Graph().as_default() as graph:
+        w = v1.get_variable("w", initializer=np.full((3, 3), np.nan, "f4"))
+        y = tf.matmul(tf.ones((1, 3)), w)
+        init = v1.global_variables_initializer()
+    pruner = LevelPruner(HALF)
+    pruner(graph)
+    with session(graph) as sess:
+        sess.run(init)
+        with pytest.raises(tf.errors.OpError, match=r"PruneError: weight 'w' \[3, 3\] .* 9 entries that are NaN"):
+            sess.run(y)
+        w.load(np.arange(9, dtype="f4").reshape(3, 3), sess)
+        assert sess.run(y).tolist() == [[6, 7 + 4, 8 + 5]]

@@ -15,11 +15,14 @@ from onnxprune import PruneError
 transformers = pytest.importorskip("transformers")
 lightning = pytest.importorskip("lightning")
 
-from onnxprune.converters.torch.huggingface import HuggingFaceCallback  # noqa: E402
-from onnxprune.converters.torch.lightning import LightningCallback  # noqa: E402
+from onnxprune.converters.torch import HuggingFaceCallback, LightningCallback  # noqa: E402
 
-EPOCHS = [{"final_sparsity": 0.8, "start_epoch": 1, "end_epoch": 4, "op_types": ["Linear"]}]
-STEPS = [{"final_sparsity": 0.8, "end_step": 14, "frequency": 3, "op_types": ["Linear"]}]
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning:lightning"
+)
+
+EPOCHS = [{"final_sparsity": 0.8, "start_epoch": 1, "end_epoch": 3, "op_types": ["Linear"]}]
+STEPS = [{"final_sparsity": 0.8, "end_step": 9, "frequency": 2, "op_types": ["Linear"]}]
 SCHEDULES = pytest.mark.parametrize("schedule", [EPOCHS, STEPS], ids=["epochs", "steps"])
 
 
@@ -36,7 +39,7 @@ def bert() -> nn.Module:
     return transformers.BertForSequenceClassification(config)
 
 
-SENTENCES = [{"input_ids": [(3 * i + 7 * j) % 40 for j in range(8)], "labels": i % 2} for i in range(32)]
+SENTENCES = [{"input_ids": [(3 * i + 7 * j) % 40 for j in range(8)], "labels": i % 2} for i in range(24)]
 
 
 class Watch(transformers.TrainerCallback):
@@ -50,8 +53,8 @@ class Watch(transformers.TrainerCallback):
         self.seen.append(round(self.pruner.sparsity, 3))
 
 
-def train(schedule, folder: Path, stop: int = 0, resume: str | None = None, epochs: int = 5, **options):
-    """A Trainer's run of four optimizer steps an epoch, stopped after some steps or resumed from a checkpoint."""
+def train(schedule, folder: Path, stop: int = 0, resume: str | None = None, epochs: int = 4, **options):
+    """A Trainer's run of three optimizer steps an epoch, stopped after some steps or resumed from a checkpoint."""
     model = bert()
     pruner = AGPPruner(schedule)
     pruner(model)
@@ -86,13 +89,13 @@ def train(schedule, folder: Path, stop: int = 0, resume: str | None = None, epoc
 @SCHEDULES
 def test_hugging_face_resumes_where_it_stopped(tmp_path, schedule):
     whole, model, seen = train(schedule, tmp_path / "whole")
-    assert len(seen) == 20
+    assert len(seen) == 12
     assert seen == sorted(seen)
     assert seen[0] == 0
-    assert seen[-1] == pytest.approx(0.8, abs=2e-3)
-    assert len(set(seen)) > 3
-    _, _, first = train(schedule, tmp_path / "part", stop=6)  # in the middle of an epoch
-    resumed, again, rest = train(schedule, tmp_path / "part", resume=str(tmp_path / "part" / "checkpoint-6"))
+    assert seen[-1] == pytest.approx(0.8, abs=5e-3)
+    assert len(set(seen)) > 2
+    _, _, first = train(schedule, tmp_path / "part", stop=4)  # in the middle of an epoch
+    resumed, again, rest = train(schedule, tmp_path / "part", resume=str(tmp_path / "part" / "checkpoint-4"))
     assert first + rest == seen
     assert resumed.masks == whole.masks
     for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
@@ -100,7 +103,13 @@ def test_hugging_face_resumes_where_it_stopped(tmp_path, schedule):
 
 
 def test_hugging_face_ends_with_the_best_checkpoints_masks(tmp_path):
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "eval_strategy": "steps", "eval_steps": 2}
+    best = {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "save_steps": 4,
+    }
     pruner, model, _ = train(EPOCHS, tmp_path, **best)
     for name in pruner.masks:  # neither fewer zeros than the masks say nor more
         assert np.array_equal(dict(model.named_parameters())[name].detach().numpy() != 0, pruner.masks[name])
@@ -164,12 +173,12 @@ def fit(schedule, folder: Path, epochs: int, resume: Path | None = None, precisi
 
 @SCHEDULES
 def test_lightning_resumes_where_it_stopped(tmp_path, schedule):
-    whole, model, seen = fit(schedule, tmp_path, 5)
+    whole, model, seen = fit(schedule, tmp_path, 4)
     assert seen == sorted(seen)
-    assert seen[-1] == pytest.approx(0.8, abs=2e-3)
-    assert len(set(seen)) > 3
+    assert seen[-1] == pytest.approx(0.8, abs=5e-3)
+    assert len(set(seen)) > 2
     _, _, first = fit(schedule, tmp_path, 2)
-    resumed, again, rest = fit(schedule, tmp_path, 5, resume=tmp_path / "last.ckpt")
+    resumed, again, rest = fit(schedule, tmp_path, 4, resume=tmp_path / "last.ckpt")
     assert first + rest == seen
     assert resumed.masks == whole.masks
     for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
@@ -178,17 +187,14 @@ def test_lightning_resumes_where_it_stopped(tmp_path, schedule):
 
 def test_lightning_in_mixed_precision(tmp_path):
     pruner, _, _ = fit(EPOCHS, tmp_path, 4, precision="bf16-mixed")
-    assert pruner.sparsity == pytest.approx(0.8, abs=2e-3)
+    assert pruner.sparsity == pytest.approx(0.8, abs=5e-3)
 
 
-@pytest.mark.parametrize("callback", [HuggingFaceCallback, LightningCallback])
-def test_a_pruner_without_a_model_is_an_error(callback, tmp_path):
+def test_a_pruner_without_a_model_is_an_error(tmp_path):
     arguments = transformers.TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    callback = HuggingFaceCallback(AGPPruner(EPOCHS))
     with pytest.raises(PruneError, match="has no model yet"):
-        if callback is HuggingFaceCallback:
-            state = transformers.TrainerState()
-            HuggingFaceCallback(AGPPruner(EPOCHS)).on_train_begin(arguments, state, transformers.TrainerControl())
-        else:
-            LightningCallback(AGPPruner(EPOCHS)).on_train_start(
-                lightning.Trainer(accelerator="cpu", logger=False), Net()
-            )
+        callback.on_train_begin(arguments, transformers.TrainerState(), transformers.TrainerControl())
+    trainer = lightning.Trainer(accelerator="cpu", logger=False)
+    with pytest.raises(PruneError, match="has no model yet"):
+        LightningCallback(AGPPruner(EPOCHS)).on_train_start(trainer, Net())

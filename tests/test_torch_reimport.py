@@ -13,8 +13,7 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from onnxprune.converters.torch import bind, exporting
-from onnxprune.converters.torch.reimport import reimport
+from onnxprune.converters.torch import bind, exporting, reimport
 from torch import nn
 
 import onnxprune
@@ -92,7 +91,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
     "encoder": (encoder, images(2, 5, 16)),
     "transposed": (transposed, images(2, 4, 8, 8)),
 }
-QUICK = ["lenet", "residual", "tokens"]
+QUICK = [("lenet", "unfolded"), ("residual", "optimised"), ("residual", "legacy"), ("tokens", "legacy")]
 FOLDED = {"residual": {"stem.0.weight", "a.0.weight", "b.0.weight"}, "transposed": {"0.weight"}}
 
 
@@ -110,8 +109,10 @@ def make(name: str, seed: int = 0) -> tuple[nn.Module, torch.Tensor]:
 
 
 def export(model: nn.Module, inputs: torch.Tensor, how: str) -> onnx.ModelProto:
-    if how != "legacy":
-        return exporting.export(model, inputs, optimize=how == "optimised").to_proto()
+    if how == "unfolded":
+        return bind(model, inputs).model.to_proto()
+    if how == "optimised":
+        return exporting.export(model, inputs, optimize=True).to_proto()
     with exporting.evaluating(model):
         model.eval()
         buffer = io.BytesIO()
@@ -131,8 +132,8 @@ def pruned(model: nn.Module, share: float) -> nn.Module:
 
 
 def cases() -> list[object]:
-    marks = {name: () if name in QUICK else pytest.mark.slow for name in NETS}
-    return [pytest.param(n, how, marks=marks[n]) for n in NETS for how in ("unfolded", "optimised", "legacy")]
+    every = [(name, how) for name in NETS for how in ("unfolded", "optimised", "legacy")]
+    return [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in every]
 
 
 @pytest.mark.parametrize(("name", "how"), cases())

@@ -11,7 +11,6 @@ import onnx
 import tensorflow as tf
 from nets import pi
 from onnx import numpy_helper
-
 from onnxprune.converters.tensorflow.graph_export import convert
 
 v1 = tf.compat.v1
@@ -68,7 +67,9 @@ def net(*, ref: bool = False, seed: int = 1) -> Net:
 
         x = v1.placeholder(tf.float32, (None, 8, 8, 3), name="x")
         y = v1.placeholder(tf.int32, (None,), name="y")
-        h = tf.nn.conv2d(x, variable("conv/kernel", 3, 3, 3, 8), 1, "VALID", name="conv/Conv2D") + variable("conv/bias", 8)
+        h = tf.nn.conv2d(x, variable("conv/kernel", 3, 3, 3, 8), 1, "VALID", name="conv/Conv2D") + variable(
+            "conv/bias", 8
+        )
         h = tf.nn.relu(h)
         h = tf.nn.relu(tf.nn.depthwise_conv2d(h, variable("dw/kernel", 3, 3, 8, 2), (1, 1, 1, 1), "VALID"))
         fc = variable("fc/kernel", 256, 10)
@@ -80,7 +81,9 @@ def net(*, ref: bool = False, seed: int = 1) -> Net:
 
 def session(graph: Any) -> Any:
     """A session with one thread."""
-    return v1.Session(graph=graph, config=v1.ConfigProto(intra_op_parallelism_threads=1, inter_op_parallelism_threads=1))
+    return v1.Session(
+        graph=graph, config=v1.ConfigProto(intra_op_parallelism_threads=1, inter_op_parallelism_threads=1)
+    )
 
 
 def read(sess: Any) -> dict[str, np.ndarray]:

@@ -105,13 +105,18 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[torch.Tensor, 
     "lenet5": (lenet5, floats(4, 1, 12, 12)),
     "lstm": (lambda: First(nn.LSTM(4, 5)), floats(7, 2, 4)),
     "lstm two-way": (lambda: First(nn.LSTM(4, 5, 2, bidirectional=True, batch_first=True)), floats(2, 7, 4)),
-    "gru two-way": (lambda: First(nn.GRU(4, 5, 2, bidirectional=True, batch_first=True)), floats(2, 7, 4)),
-    "rnn two-way": (lambda: First(nn.RNN(4, 5, 2, bidirectional=True, batch_first=True)), floats(2, 4, 4)),
+    "gru two-way": (lambda: First(nn.GRU(4, 5, bidirectional=True, batch_first=True)), floats(2, 7, 4)),
+    "rnn two-way": (lambda: First(nn.RNN(4, 5, bidirectional=True, batch_first=True)), floats(2, 4, 4)),
     "cells": (Cells, floats(2, 3, 4)),
     "attention": (Attention, floats(2, 7, 8)),
-    "attention, other widths": (lambda: Attention(kdim=6, vdim=6), lambda: (torch.randn(2, 7, 8), torch.randn(2, 9, 6))),
+    "attention, other widths": (
+        lambda: Attention(kdim=6, vdim=6),
+        lambda: (torch.randn(2, 7, 8), torch.randn(2, 9, 6)),
+    ),
     "encoder": (
-        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False),
+        lambda: nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1, enable_nested_tensor=False
+        ),
         floats(2, 7, 8),
     ),
     "embedding": (

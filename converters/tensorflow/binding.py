@@ -73,10 +73,11 @@ class Binding:
                 "onnxprune.converters.tensorflow.reimport, which matches weights by their values"
             )
         new: dict[str, np.ndarray] = {}
+        called = dict(zip(_structure(self.model)[1], _structure(theirs)[1], strict=True))
         for name, _ in self._initializers():
-            value = theirs.graph.graph.initializers.get(name)
+            value = theirs.graph.graph.initializers.get(called[name])
             if value is None or value.const_value is None:
-                raise PruneError(f"the model has no initializer '{name}'; push a model made from binding.model")
+                raise PruneError(f"the model has no initializer '{called[name]}'; push a model made from binding.model")
             new[name] = theirs.read(value.const_value)
             self._check(name, new[name], "the model pushed")
             if new[name].dtype.kind not in "biu" and np.isnan(new[name].astype(np.float32, copy=False)).any():
@@ -86,13 +87,13 @@ class Binding:
         return Masks({weight.name: new[weight.name] != 0 for weight in self.weights})
 
     def difference(self, theirs: Model) -> str:
-        """The first difference between a graph's nodes and the bound one's; empty where there is none."""
-        mine, other = _nodes(self.model), _nodes(theirs)
+        """The first difference between a graph's nodes and the bound one's, names aside; empty where there is none."""
+        mine, other = _structure(self.model)[0], _structure(theirs)[0]
         if len(mine) != len(other):
             return f"it has {len(other)} nodes, the bound one {len(mine)}"
-        for a, b in zip(mine, other, strict=True):
+        for index, (a, b) in enumerate(zip(mine, other, strict=True)):
             if a != b:
-                return f"a {b[0]} computes '{b[2][0]}' where the bound graph has a {a[0]} for '{a[2][0]}'"
+                return f"its node {index} is a {b[0]} that reads or writes other values than the bound graph's {a[0]}"
         return ""
 
     def _initializers(self) -> Iterator[tuple[str, ir.TensorProtocol]]:
@@ -214,12 +215,15 @@ def _unfolded(model: Any, specs: Any) -> tuple[onnx.ModelProto, dict[str, Any]]:
     return proto, bound
 
 
-def _nodes(model: Model) -> list[tuple[str, list[str], list[str]]]:
-    return [
-        (f"{node.domain}.{node.op_type}".lstrip("."), list(node.input), list(node.output))
-        for graph in graphs(model.proto)
-        for node in graph.node
-    ]
+def _structure(model: Model) -> tuple[list[tuple[str, list[int]]], list[str]]:
+    """Every node with its values, numbered as they appear, and their names: Keras names a second model otherwise."""
+    numbers: dict[str, int] = {}
+    nodes = []
+    for graph in graphs(model.proto):
+        for node in graph.node:
+            values = [numbers.setdefault(name, len(numbers)) for name in (*node.input, "", *node.output)]
+            nodes.append((f"{node.domain}.{node.op_type}".lstrip("."), values))
+    return nodes, list(numbers)
 
 
 def _replaced(current: np.ndarray, values: np.ndarray) -> np.ndarray:

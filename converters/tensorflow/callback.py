@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from .pruners import TensorFlowPruner
 
@@ -55,4 +56,4 @@ class Pruning(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no t
 
     def _taken(self) -> int:
         optimizer = self.model.optimizer
-        return int(getattr(optimizer, "inner_optimizer", optimizer).iterations)
+        return int(tf.convert_to_tensor(getattr(optimizer, "inner_optimizer", optimizer).iterations))

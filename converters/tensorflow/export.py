@@ -46,31 +46,41 @@ def export(
     flat = tf.nest.flatten(specs)
 
     def call(*args: Any) -> list[Any]:
-        outputs = model(tf.nest.pack_sequence_as(specs, list(args)), training=False)
-        return [tf.identity(tensor) for tensor in tf.nest.flatten(outputs)]
+        results = model(tf.nest.pack_sequence_as(specs, list(args)), training=False)
+        return [tf.identity(tensor) for tensor in tf.nest.flatten(results)]
 
     proto = convert(call, [tf.TensorSpec(spec.shape, spec.dtype, name=f"x{i}") for i, spec in enumerate(flat)])
     inputs = input_names(model, len(flat))
     table = {f"x{i}": name for i, name in enumerate(inputs)}
-    outputs = [output.name for output in proto.graph.output]
-    names = [f"{n}__out" if n in inputs else n for n in output_names(model, len(outputs))]
-    rename(proto.graph, table | dict(zip(outputs, names, strict=True)))
+    made = [output.name for output in proto.graph.output]
+    names = [f"{n}__out" if n in inputs else n for n in output_names(model, len(made))]
+    rename(proto.graph, table | dict(zip(made, names, strict=True)))
     if example_inputs is None:
         random = random_feeds(proto, seed=0)[0]
         example = [random.get(name, np.zeros(_sizes(spec))) for name, spec in zip(inputs, flat, strict=True)]
     else:
         example = tf.nest.flatten(example_inputs)
     arrays = [np.asarray(a, spec.dtype.as_numpy_dtype) for a, spec in zip(example, flat, strict=True)]
+    expected = outputs(model, specs, arrays)
+    used = {value.name for value in proto.graph.input}
+    feeds = {name: array for name, array in zip(inputs, arrays, strict=True) if name in used}
+    return deploy(proto, path, weights, kept or {}, feeds, expected, tolerance(model), record)
+
+
+def outputs(model: Any, specs: Any, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """What a model computes from the inputs of its signature, flattened, when it does not train.
+
+    Raises:
+        PruneError: it fails on them.
+    """
     try:
         results = model(tf.nest.pack_sequence_as(specs, [tf.constant(a) for a in arrays]), training=False)
     except Exception as error:
-        hint = "" if example_inputs is not None else "; they are random: give real ones"
         reason = " ".join(str(error).split())[:400]
-        raise PruneError(f"the model '{model.name}' fails on the example inputs: {reason}{hint}") from error
-    expected = [tensor.numpy() for tensor in tf.nest.flatten(results)]
-    used = {value.name for value in proto.graph.input}
-    feeds = {name: array for name, array in zip(inputs, arrays, strict=True) if name in used}
-    return deploy(proto, path, weights, kept or {}, feeds, expected, _tolerance(model), record)
+        raise PruneError(
+            f"the model '{model.name}' fails on the example inputs (random ones, unless they were given): {reason}"
+        ) from error
+    return [tensor.numpy() for tensor in tf.nest.flatten(results)]
 
 
 def _sizes(spec: Any) -> tuple[int, ...]:
@@ -78,7 +88,7 @@ def _sizes(spec: Any) -> tuple[int, ...]:
     return tuple(1 if size is None else size for size in spec.shape)
 
 
-def _tolerance(model: Any) -> float:
+def tolerance(model: Any) -> float:
     """1e-4, or what a model that computes in 16 bits can be held to."""
     kinds = {layer.compute_dtype for layer, _ in walk(model)}
     return max([TOLERANCE, *(16 * _EPSILON[kind] for kind in kinds if kind in _EPSILON)])

@@ -10,25 +10,28 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 from weakref import WeakSet
 
 import numpy as np
 import tensorflow as tf
-from onnxprune.converters.tensorflow.deploy import Exported
-from onnxprune.converters.tensorflow.graph_edit import MaskOps, sessions
-from onnxprune.converters.tensorflow.graph_export import export
-from onnxprune.converters.tensorflow.graph_weights import find
 
 from onnxprune.errors import PruneError
+from onnxprune.graph.model import Model
 from onnxprune.graph.weights import Skipped, Weight
+
+from .deploy import Exported
+from .graph_edit import MaskOps, sessions
+from .graph_export import export
+from .graph_weights import find
 
 Masks = Mapping[str, np.ndarray]
 
 _HELD: WeakSet[Any] = WeakSet()
 _STALE = (
-    "a session has already run this graph, and TensorFlow goes on with the graph it ran, without masks; call the pruner before the first "
-    "sess.run, or open a new session after it and restore a checkpoint there"
+    "a session has already run this graph, and TensorFlow goes on with the graph it ran, without masks; "
+    "call the pruner before the first sess.run, or open a new session after it and restore a checkpoint there"
 )
 
 
@@ -39,7 +42,8 @@ class GraphHolder:
 
     Args:
         graph: the graph, its forward pass built; training ops may be there already, or come later.
-        form: returns the masks (weight name -> stored shape, True is kept) from the values that the weights' storages read now.
+        form: returns the masks (weight name -> stored shape, True is kept) from the values that the weights'
+            storages read now.
 
     Attributes:
         weights: the weights in their roles.
@@ -58,6 +62,7 @@ class GraphHolder:
         self._ops: MaskOps | None = None
         self._session: Any = None
         self._forming = False
+        self._lock = Lock()
         self._pruned: set[str] = set()
         self._zeroed: WeakSet[Any] = WeakSet()
 
@@ -68,10 +73,14 @@ class GraphHolder:
             PruneError: the graph is finalised, or a session has already run it; it is as it was.
         """
         if self.graph.finalized:
-            raise PruneError("the graph is finalised; call the pruner before the MonitoredSession (or graph.finalize()) that does so")
+            raise PruneError(
+                "the graph is finalised; call the pruner before the MonitoredSession (or graph.finalize()) that does so"
+            )
         chosen = {n: v for n, v in self._variables.items() if n in names}
         if not chosen:
-            raise PruneError(f"there is no weight to hold: the configuration leaves out all of {', '.join(self._variables) or 'none'}")
+            raise PruneError(
+                f"there is no weight to hold: the configuration leaves out all of {', '.join(self._variables) or 'it'}"
+            )
         self._ops = MaskOps(self.graph, chosen, self._formed)
         _HELD.add(self.graph)
         if not all(self._ops.seen(session) for session in sessions(self.graph)):
@@ -87,7 +96,8 @@ class GraphHolder:
         On entry, the values are fetched, and zeroed where the session's masks remove them.
 
         Raises:
-            PruneError: no session, that of another graph, one that ran before the call, or one whose variables have no values yet.
+            PruneError: no session, that of another graph, one that ran before the call, or one whose
+                variables have no values yet.
         """
         ops = self._attached()
         session = self._own(sess)
@@ -96,7 +106,9 @@ class GraphHolder:
         try:
             values = session.run(ops.values)
         except tf.errors.FailedPreconditionError as error:
-            raise PruneError("the session's variables have no values yet; run their initialisers or restore a checkpoint first") from error
+            raise PruneError(
+                "the session's variables have no values yet; run their initialisers or restore a checkpoint first"
+            ) from error
         if session.run(ops.formed):
             self._refresh(session, values, session.run(ops.masks))
         self._values.update(values)
@@ -107,7 +119,7 @@ class GraphHolder:
             self._session = before
 
     def hold(self, kept: Masks) -> None:
-        """Put masks into the session that is open and zero what they remove; without one, they enter when it forms them."""
+        """Put masks into the session that is open and zero what they remove; else they enter when it forms."""
         self._pruned = set(kept)
         if self._session is None or self._forming:
             return
@@ -129,7 +141,15 @@ class GraphHolder:
                 session.run(ops.zero)
             session.run(ops.release)
 
-    def export(self, path: str | os.PathLike[str], kept: Masks, example_inputs: Any, outputs: Any, sess: Any) -> Exported:
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        kept: Masks,
+        example_inputs: Any,
+        outputs: Any,
+        sess: Any,
+        record: Callable[[Model], None] | None = None,
+    ) -> Exported:
         """Write the ONNX file of the graph's outputs with a session's values, checked.
 
         Args:
@@ -138,27 +158,28 @@ class GraphHolder:
             example_inputs: placeholder (or its name) -> array; random where it is not given.
             outputs: the output's tensor or name, or a list of them.
             sess: the session.
+            record: writes a note into the file's model.
 
         Raises:
-            PruneError: an output is missing, the graph cannot be converted, or the file fails a check; nothing is written.
+            PruneError: an output is missing, the graph cannot be converted, or the file fails a check; nothing is
+                written.
         """
+        ops = self._attached()
         with self.at(sess):
-            ops = self._attached()
-            if not self._session.run(ops.formed):
-                self._session.run(ops.ready)
-                self._session.run(ops.zero)
+            self._session.run(ops.ready)
+        with self.at(sess):
             masks = {n: m for n, m in self._session.run(ops.masks).items() if n in self._pruned}
-            return export(self._session, ops.edits, path, self.weights, masks, example_inputs, outputs)
+            return export(self._session, ops.edits, path, self.weights, masks, example_inputs, outputs, record)
 
     def _formed(self, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Called inside a session's first run."""
-        self._values.update(values)
-        self._forming = True
-        try:
-            kept = self._form()
-        finally:
-            self._forming = False
-        self._pruned = set(kept)
+        """Called inside a session's first run, on a thread of TensorFlow's."""
+        with self._lock:
+            self._values.update(values)
+            self._forming = True
+            try:
+                kept = self._form()
+            finally:
+                self._forming = False
         return {n: kept[n] if n in kept else np.ones(v.shape, np.bool_) for n, v in values.items()}
 
     def _refresh(self, session: Any, values: dict[str, np.ndarray], masks: Masks) -> None:
@@ -167,8 +188,8 @@ class GraphHolder:
         revived = [n for n, value in values.items() if np.any(value[~masks[n]])]
         if revived and session in self._zeroed:
             warnings.warn(
-                f"pruned entries of {', '.join(revived)} were written since the last update, by an assignment or a checkpoint of another "
-                "model; they are zeroed again",
+                f"pruned entries of {', '.join(revived)} were written since the last update, by an assignment or a "
+                "checkpoint of another model; they are zeroed again",
                 stacklevel=4,
             )
         if revived:
@@ -183,8 +204,12 @@ class GraphHolder:
         return self._ops
 
     def _own(self, sess: Any) -> Any:
-        session = sess._tf_sess() if hasattr(sess, "_tf_sess") else sess  # a monitored session, whose hooks are not ours to run
+        # A monitored session's hooks are not ours to run.
+        session = sess._tf_sess() if hasattr(sess, "_tf_sess") else sess
         if getattr(session, "graph", None) is not self.graph:
-            found = "None" if sess is None else f"{type(sess).__name__} of another graph" if hasattr(session, "graph") else repr(sess)
-            raise PruneError(f"a graph's values are a session's: expected sess, a session of this graph, as in update_epoch(epoch, sess), not {found}")
+            found = f"{type(sess).__name__} of another graph" if hasattr(session, "graph") else repr(sess)
+            raise PruneError(
+                "a graph's values are a session's: expected sess, a session of this graph, "
+                f"as in update_epoch(epoch, sess), not {found}"
+            )
         return session

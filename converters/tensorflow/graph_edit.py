@@ -18,13 +18,15 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from onnxprune.converters.tensorflow.graph_weights import HANDLES, Variable
+
+from .graph_weights import HANDLES, Variable
 
 v1 = tf.compat.v1
 raw = tf.raw_ops
 
 SCOPE = "onnxprune/"
 SUBTRACTIONS = ("AssignAddVariableOp", "AssignSubVariableOp", "AssignAdd", "AssignSub")
+SCATTERS = ("ResourceScatterAdd", "ResourceScatterSub", "ScatterAdd", "ScatterSub")
 ASSIGNMENTS = ("AssignVariableOp", "Assign")
 UPDATES = ("ResourceApply", "ResourceSparseApply", "Apply", "SparseApply", "ResourceScatter", "Scatter")
 
@@ -98,7 +100,10 @@ class MaskOps:
     """
 
     def __init__(
-        self, graph: Any, variables: Mapping[str, Variable], form: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+        self,
+        graph: Any,
+        variables: Mapping[str, Variable],
+        form: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]],
     ) -> None:
         self.graph, self.variables, self.edits = graph, variables, Edits()
         ops = graph.get_operations()
@@ -188,7 +193,9 @@ class MaskOps:
                     reads[tensor.name] = masked(tf.identity(tensor), self._held[name])
                 self.edits.input(op, index, reads[tensor.name])
             for op in variable.gathers:
-                rows = tf.gather(masked(self._value(name), self._held[name]), op.inputs[1], batch_dims=op.get_attr("batch_dims"))
+                rows = tf.gather(
+                    masked(self._value(name), self._held[name]), op.inputs[1], batch_dims=op.get_attr("batch_dims")
+                )
                 for consumer in list(op.outputs[0].consumers()):
                     for index, tensor in enumerate(consumer.inputs):
                         if tensor is op.outputs[0]:
@@ -197,17 +204,21 @@ class MaskOps:
     def _updates(self, ops: list[Any]) -> None:
         """The ops that exist and write to a variable leave zeros behind."""
         for op in ops:
-            name = op.inputs[0].op.name if op.inputs else None
+            name = op.inputs[0].op.name if op.inputs else ""
             if name not in self.variables:
                 continue
-            if op.type in SUBTRACTIONS:  # zero before, and nothing added
+            if op.type in SUBTRACTIONS + SCATTERS:  # zero before, and nothing added
                 self.edits.after(op, self._zeroed(name, [self.ready]))
-                self.edits.input(op, 1, masked(op.inputs[1], self._held[name]))
+                last = len(op.inputs) - 1
+                mask = tf.gather(self._held[name], op.inputs[1]) if op.type in SCATTERS else self._held[name]
+                self.edits.input(op, last, masked(op.inputs[last], mask))
             elif op.type in ASSIGNMENTS and self._reads(op.inputs[1], self.variables[name].op):
                 self.edits.input(op, 1, masked(op.inputs[1], self._held[name]))
             elif op.type.startswith(UPDATES):
                 self.edits.after(op, self.ready.op)
-                later = {c for t in op.outputs if t.dtype != tf.resource for c in t.consumers()} | set(op._control_outputs)
+                later = {c for t in op.outputs if t.dtype != tf.resource for c in t.consumers()} | set(
+                    op._control_outputs
+                )
                 zeroed = self._zeroed(name, [op])
                 for consumer in later:
                     self.edits.after(consumer, zeroed)
@@ -241,7 +252,8 @@ def masked(value: Any, mask: Any) -> Any:
 def sessions(graph: Any) -> list[Any]:
     """The open sessions of a graph. TensorFlow keeps no list; the garbage collector does."""
     kind = v1.Session.__mro__[1]
-    return [s for s in gc.get_objects() if issubclass(type(s), kind) and s.graph is graph and not s._closed]
+    found = [s for s in gc.get_objects() if issubclass(type(s), kind)]
+    return [s for s in found if getattr(s, "_graph", None) is graph and not getattr(s, "_closed", True)]
 
 
 @contextmanager

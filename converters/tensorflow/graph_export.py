@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import onnx
 import tensorflow as tf
-from onnxprune.converters.tensorflow.convert import OPSET, check_operators, quiet
-from onnxprune.converters.tensorflow.deploy import Exported, deploy
-from onnxprune.converters.tensorflow.graph_edit import Edits
 
 from onnxprune.errors import PruneError
+from onnxprune.graph.model import Model
 from onnxprune.graph.weights import Weight
+
+from .convert import OPSET, check_operators, quiet
+from .deploy import Exported, deploy
+from .graph_edit import Edits
 
 v1 = tf.compat.v1
 
@@ -27,13 +29,16 @@ def export(
     kept: Mapping[str, np.ndarray],
     example_inputs: Any,
     outputs: Any,
+    record: Callable[[Model], None] | None = None,
 ) -> Exported:
     """Freeze, convert and check; see `GraphHolder.export`."""
     from onnxprune.runtime.feeds import random_feeds
 
     graph = session.graph
     names = _outputs(graph, outputs)
-    frozen = v1.graph_util.convert_variables_to_constants(session, edits.plain(), [name.rpartition(":")[0] for name in names])
+    frozen = v1.graph_util.convert_variables_to_constants(
+        session, edits.plain(), [name.rpartition(":")[0] for name in names]
+    )
     proto = convert(frozen, names)
     inputs = [value.name for value in proto.graph.input]
     if example_inputs is None:
@@ -43,7 +48,7 @@ def export(
         if set(feeds) != set(inputs):
             given = ", ".join(sorted(feeds)) or "nothing"
             raise PruneError(f"the outputs need example inputs for {', '.join(inputs)}; they are given for {given}")
-    return deploy(proto, path, weights, kept, feeds, session.run(names, feeds))
+    return deploy(proto, path, weights, kept, feeds, session.run(names, feeds), record=record)
 
 
 def convert(definition: Any, outputs: list[str]) -> onnx.ModelProto:
@@ -72,15 +77,19 @@ def convert(definition: Any, outputs: list[str]) -> onnx.ModelProto:
 def _outputs(graph: Any, outputs: Any) -> list[str]:
     """Names of the tensors to compute."""
     if outputs is None:
-        raise PruneError("a graph does not say what its outputs are; name them: export(path, sess=sess, outputs=['logits'])")
+        raise PruneError(
+            "a graph does not say what its outputs are; name them: export(path, sess=sess, outputs=['logits'])"
+        )
     listed = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
     return [str(_tensor(graph, output, "output").name) for output in listed]
 
 
 def _tensor(graph: Any, key: Any, what: str) -> Any:
     """A tensor of the graph, given itself or its name, with or without ':0'."""
-    name = key if isinstance(key, str) else getattr(key, "name", None)
+    name = str(key if isinstance(key, str) else getattr(key, "name", key))
     try:
         return graph.get_tensor_by_name(name if ":" in name else f"{name}:0")
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise PruneError(f"the {what} {key!r} is no tensor of the graph; give a tensor, or its name such as 'logits:0'") from error
+    except (KeyError, ValueError) as error:
+        raise PruneError(
+            f"the {what} {key!r} is no tensor of the graph; give a tensor, or its name such as 'logits:0'"
+        ) from error

@@ -29,7 +29,16 @@ Move = Callable[..., Array]
 HANDLES = {"VarHandleOp"}
 REFS = {"VariableV2", "Variable"}
 GATHERS = {"Gather", "GatherV2", "ResourceGather"}
-CALLS = {"While", "StatelessWhile", "If", "StatelessIf", "Case", "StatelessCase", "PartitionedCall", "StatefulPartitionedCall"}
+CALLS = {
+    "While",
+    "StatelessWhile",
+    "If",
+    "StatelessIf",
+    "Case",
+    "StatelessCase",
+    "PartitionedCall",
+    "StatefulPartitionedCall",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,15 +72,17 @@ class Fetched:
             PruneError: none were fetched yet.
         """
         if self.name not in self.values:
-            raise PruneError(f"the values of variable '{self.name}' are not known before a session has run the graph; run it first")
+            raise PruneError(
+                f"the values of variable '{self.name}' are not known before a session has run the graph; run it first"
+            )
         return self.values[self.name]
 
 
-class _Untraceable(Exception):
+class _UntraceableError(Exception):
     """The text is the reason a user reads."""
 
 
-# ------------------------------------------------------------------------- operators: op -> ONNX operator, operand, layout
+# -------------------- operators: op -> ONNX operator, operand, layout
 
 
 def _same(x: Array) -> Array:
@@ -80,7 +91,7 @@ def _same(x: Array) -> Array:
 
 def _kernel(x: Array) -> Array:
     """(*kernel, a, b) to (b, a, *kernel): Conv from (in, out), ConvTranspose from (out, in)."""
-    return x.transpose(x.ndim - 1, x.ndim - 2, *range(x.ndim - 2))
+    return np.transpose(x, (x.ndim - 1, x.ndim - 2, *range(x.ndim - 2)))
 
 
 def _depthwise(x: Array) -> Array:
@@ -101,10 +112,15 @@ def _einsum(op: Any, index: int) -> Move:
     shared = [a for a in ours if a in other and a not in output]
     own = [a for a in ours if a in output and a not in other]
     if "." in ours or len(set(ours)) < len(ours) or len(shared) + len(own) < len(ours):
-        raise _Untraceable(f"Einsum '{equation}' does not multiply it as a matrix")
+        raise _UntraceableError(f"Einsum '{equation}' does not multiply it as a matrix")
     order = [ours.index(a) for a in shared + own]
     size = len(shared)
-    return lambda x: (y := x.transpose(order)).reshape(int(np.prod(y.shape[:size], dtype=np.int64)), -1)
+
+    def matrix(x: Array) -> Array:
+        x = x.transpose(order)
+        return x.reshape(int(np.prod(x.shape[:size], dtype=np.int64)), -1)
+
+    return matrix
 
 
 def _operands(op: Any) -> dict[int, tuple[str, int, Callable[[], Move]]]:
@@ -127,7 +143,7 @@ def _operands(op: Any) -> dict[int, tuple[str, int, Callable[[], Move]]]:
     return {}
 
 
-# ------------------------------------------------------------------------- ops that move elements: op -> function, operands
+# -------------------- ops that move elements: op -> function, operands
 
 
 def _static(tensor: Any) -> Any:
@@ -137,7 +153,7 @@ def _static(tensor: Any) -> Any:
 def _known(op: Any, index: int) -> Any:
     value = _static(op.inputs[index])
     if value is None:
-        raise _Untraceable(f"the {op.type} '{op.name}' after it takes a value known at run time only")
+        raise _UntraceableError(f"the {op.type} '{op.name}' after it takes a value known at run time only")
     return value
 
 
@@ -207,10 +223,10 @@ def _move(op: Any, output: int) -> tuple[Move, tuple[int, ...]]:
         last = len(op.inputs) - 1
         axis = int(_known(op, last))
         return lambda *x: np.concatenate(x, axis), tuple(range(last))
-    raise _Untraceable(f"the {kind} '{op.name}' between it and its operator cannot be followed")
+    raise _UntraceableError(f"the {kind} '{op.name}' between it and its operator cannot be followed")
 
 
-# ------------------------------------------------------------------------------------------------------------ the search
+# -------------------- the search
 
 
 @dataclass
@@ -260,7 +276,7 @@ class _Search:
             trained = [k for k in constant if self.behind[op.inputs[k].op.name] & self.trainable]  # type: ignore[operator]
             constant = trained if len(trained) == 1 else constant
         several = f"both operands of {op.type} '{op.name}' are variables" if len(constant) > 1 else ""
-        gradient = _is_gradient(self.graph, op)
+        gradient = _is_gradient(op)
         for k in constant:
             kind, operand, layout = operands[k]
             edges: list[tuple[Any, Any, int]] = []
@@ -274,18 +290,18 @@ class _Search:
                         found.uses.append(use)
                         found.kinds.append(op.type)
                 if several:
-                    raise _Untraceable(several)
-            except _Untraceable as reason:
+                    raise _UntraceableError(several)
+            except _UntraceableError as reason:
                 if not gradient and kind != "Gather":
                     self._skip(self.behind[op.inputs[k].op.name] or (), op.type, str(reason))
 
     def _look_up(self, op: Any) -> None:
         try:
             found = self._of(op.inputs[0].op)
-        except _Untraceable:  # a table of integers is no embedding
+        except _UntraceableError:  # a table of integers is no embedding
             return
         found.gathers.append(op)
-        if len(found.leaf.shape) > 1 and not _is_gradient(self.graph, op):
+        if len(found.leaf.shape) > 1 and not _is_gradient(op):
             found.uses.append(self._use(op, "Gather", 0, found.leaf))
             found.kinds.append(op.type)
 
@@ -294,7 +310,7 @@ class _Search:
             for name in self.behind.get(tensor.op.name) or ():
                 shape = _shape(self.graph.get_operation_by_name(name))
                 if shape is not None and len(shape) > 1:
-                    reason = f"it is read inside the {op.type} '{op.name}', whose body cannot be edited; unroll it to prune its weights"
+                    reason = f"it is read inside the {op.type} '{op.name}', whose body cannot be edited; unroll it"
                     self._skip((name,), op.type, reason)
 
     def _expression(self, op: Any, index: int, edges: list[tuple[Any, Any, int]]) -> ex.Expression:
@@ -315,11 +331,11 @@ class _Search:
         role = next(r for r in ROLES["", kind] if r.operand == operand)
         layout = ex.push(expression, lambda leaf: np.broadcast_to(np.bool_(False), leaf.shape))
         if kind == "Gather" and layout.ndim < 2:
-            raise _Untraceable("it is no matrix")
+            raise _UntraceableError("it is no matrix")
         try:
             role.view(layout, {})
         except (LookupError, TypeError, ValueError) as error:
-            raise _Untraceable(f"its layout cannot be computed: {error}") from error
+            raise _UntraceableError(f"its layout cannot be computed: {error}") from error
         return Use(op.name, kind, operand, expression, lambda x: role.view(x, {}))
 
     def _of(self, op: Any) -> _Found:
@@ -327,13 +343,15 @@ class _Search:
             shape = _shape(op)
             dtype = tf.as_dtype(op.get_attr("dtype"))
             if shape is None:
-                raise _Untraceable("its shape is not known before it runs")
+                raise _UntraceableError("its shape is not known before it runs")
             try:
                 kind = ir.DataType.from_numpy(np.dtype(dtype.as_numpy_dtype))
             except (TypeError, ValueError):
                 kind = None
             if kind not in FLOATS:
-                raise _Untraceable(f"its type {dtype.name} cannot be pruned (float16, bfloat16, float32 and float64 can)")
+                raise _UntraceableError(
+                    f"its type {dtype.name} cannot be pruned (float16, bfloat16, float32 and float64 can)"
+                )
             storage = Fetched(self.values, op.name)
             weight = parameter(op.name, ("",), storage, shape, np.dtype(dtype.as_numpy_dtype), _same)
             self.found[op.name] = _Found(op, weight.leaf)
@@ -342,7 +360,11 @@ class _Search:
     def _weight(self, found: _Found) -> tuple[Weight, Variable] | None:
         name = found.op.name
         if name not in self.objects:
-            self._skip((name,), found.kinds[0], "it is in none of the graph's collections, so that training ops to come cannot be told to hold it")
+            self._skip(
+                (name,),
+                found.kinds[0],
+                "it is in none of the graph's collections, so that training ops to come cannot be told to hold it",
+            )
             return None
         roles = sorted(zip(found.uses, found.kinds, strict=True), key=lambda pair: pair[0].op_type == "Gather")
         uses = tuple(use for use, _ in roles)
@@ -351,7 +373,9 @@ class _Search:
         names = {name, f"{name}:0", name.rpartition("/")[0], *(use.node for use in uses)} - {""}
         storage = Fetched(self.values, name)
         dtype = np.dtype(tf.as_dtype(found.op.get_attr("dtype")).as_numpy_dtype)
-        weight = Weight(name, tuple(dict.fromkeys(types)), frozenset(names), found.leaf.shape, dtype, storage, uses, found.leaf)
+        weight = Weight(
+            name, tuple(dict.fromkeys(types)), frozenset(names), found.leaf.shape, dtype, storage, uses, found.leaf
+        )
         return weight, Variable(found.op, self.objects[name], tuple(found.edges.values()), tuple(found.gathers))
 
     def _skip(self, names: Iterable[str], op_type: str, reason: str) -> None:
@@ -360,7 +384,7 @@ class _Search:
 
 
 def _variables_behind(graph: Any) -> dict[str, frozenset[str] | None]:
-    """For every op the variables its outputs are computed from; None where data, chance or a loop's state enter as well."""
+    """For every op the variables its outputs are computed from; None where data, chance or state enter."""
     behind: dict[str, frozenset[str] | None] = {}
     nothing: frozenset[str] = frozenset()
     for op in graph.get_operations():
@@ -368,13 +392,19 @@ def _variables_behind(graph: Any) -> dict[str, frozenset[str] | None]:
             behind[op.name] = frozenset({op.name})
         elif op.type == "Const":
             behind[op.name] = nothing
-        elif not op.inputs or (op.op_def.is_stateful and op.type not in {"ReadVariableOp", "ResourceGather"}) or _writes(op):
+        elif (
+            not op.inputs
+            or (op.op_def.is_stateful and op.type not in {"ReadVariableOp", "ResourceGather"})
+            or _writes(op)
+        ):
             behind[op.name] = None
         else:
             sources = op.inputs[:1] if op.type == "Switch" else op.inputs
             sets = [behind.get(tensor.op.name) for tensor in sources]
             known = [s for s in sets if s is not None]
-            behind[op.name] = None if len(known) < len(sets) else known[0].union(*known[1:]) if len(known) > 1 else known[0]
+            behind[op.name] = (
+                None if len(known) < len(sets) else known[0].union(*known[1:]) if len(known) > 1 else known[0]
+            )
     return behind
 
 
@@ -391,7 +421,7 @@ def _read_by(op: Any) -> Any:
     if op.type == "ReadVariableOp":
         if op.inputs[0].op.type in HANDLES:
             return op.inputs[0].op
-        raise _Untraceable(f"it is read inside a loop or a branch by '{op.name}'")
+        raise _UntraceableError(f"it is read inside a loop or a branch by '{op.name}'")
     return None
 
 
@@ -407,7 +437,7 @@ def _objects(graph: Any) -> dict[str, Any]:
     return {v.op.name: v for key in listed for v in graph.get_collection(key) if hasattr(v, "op")}
 
 
-def _is_gradient(graph: Any, op: Any) -> bool:
-    """Whether an op was made by differentiating another: tf.gradients calls it '<op>_grad/...', a tape 'gradient_tape/...'."""
+def _is_gradient(op: Any) -> bool:
+    """Whether an op was made by differentiating: tf.gradients calls it '<op>_grad/...', a tape 'gradient_tape/...'."""
     parts = op.name.split("/")[:-1]
     return any(part.endswith("_grad") for part in parts) or "gradient_tape" in parts

@@ -121,12 +121,12 @@ def layer_weights(model: Any) -> tuple[list[Weight], list[Skipped], dict[str, An
     seen: set[int] = set()
     for layer, owners in walk(model):
         rules = _rules(layer)
-        for variable in layer._trainable_variables:
-            if id(variable) in seen:
+        for variable in _own(layer):
+            rule = rules.get(variable.name)
+            if id(variable) in seen or (rule is None and not any(v is variable for v in layer._trainable_variables)):
                 continue
             seen.add(id(variable))
             name = names[id(variable)]
-            rule = rules.get(variable.name)
             reason = _reason(layer, variable, rule)
             if reason:
                 skipped.append(Skipped(name, type(layer).__name__, reason))
@@ -140,7 +140,7 @@ def described(weight: Weight, model: Any, variable: Any) -> tuple[Weight, str]:
     """A weight found in an exported graph with Keras' names and storage; and why it is left alone, if it is."""
     storage = VariableStorage(variable)
     for layer, owners in walk(model):
-        if any(v is variable for v in layer._trainable_variables):
+        if any(v is variable for v in _own(layer)):
             types = () if weight.op_type == "Embedding" else _types(layer, owners)
             types = tuple(dict.fromkeys((*weight.op_types, *types)))
             names = weight.names | _names(weight.name, variable, layer)
@@ -174,6 +174,11 @@ def walk(model: Any) -> Iterator[tuple[Any, tuple[str, ...]]]:
             yield from inside(inner, around)
 
     yield from inside(model, ())
+
+
+def _own(layer: Any) -> list[Any]:
+    """A layer's own variables: a frozen layer keeps its kernel among the first, a quantised one among the others."""
+    return [*layer._trainable_variables, *layer._non_trainable_variables]
 
 
 def _rules(layer: Any) -> dict[str, Rule]:

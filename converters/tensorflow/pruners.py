@@ -14,7 +14,7 @@ from onnxprune.api import note
 from onnxprune.errors import PruneError
 from onnxprune.graph.model import Model
 
-from ..bridge import Bridge  # noqa: TID252
+from ..bridge import Bridge
 from .deploy import Exported
 from .hold import KerasHolder
 from .holder import Holder

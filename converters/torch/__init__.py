@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Any
 from .binding import Binding, bind
 from .deploy import Exported
 from .pruners import AGPPruner, LevelPruner, SensitivityPruner
+from .reimport import reimport
 
 if TYPE_CHECKING:
-    from .callbacks import LightningCallback, TrainerCallback
-    from .reimport import reimport
+    from .huggingface import HuggingFaceCallback
+    from .lightning import LightningCallback
 
 AGP_Pruner = AGPPruner
 
-_LAZY = {"reimport": "reimport", "TrainerCallback": "callbacks", "LightningCallback": "callbacks"}
+_LAZY = {"HuggingFaceCallback": "huggingface", "LightningCallback": "lightning"}
 
 
 def __getattr__(name: str) -> Any:
@@ -39,10 +40,10 @@ __all__ = [
     "AGP_Pruner",
     "Binding",
     "Exported",
+    "HuggingFaceCallback",
     "LevelPruner",
     "LightningCallback",
     "SensitivityPruner",
-    "TrainerCallback",
     "bind",
     "reimport",
 ]

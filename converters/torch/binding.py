@@ -142,13 +142,18 @@ class _Buffer:
         return value
 
 
+_STATIC = (nn.RNNBase, nn.Bilinear)
+"""Modules whose weights an exported graph cuts and reshapes by the sizes of its inputs: those have to be known."""
+
+
 def bind(model: nn.Module, example_inputs: Any, *, dynamic_shapes: Any = None) -> Binding:
     """Bind a module to its graph.
 
     Args:
         model: in any mode, wrapped or not; unchanged.
         example_inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments.
-        dynamic_shapes: as torch.onnx.export takes them; by default the batch has any size, where that can be had.
+        dynamic_shapes: as torch.onnx.export takes them; by default the batch has any size, where that can be had
+            (and the weights still be followed to their operators: not with recurrent layers).
 
     Raises:
         PruneError: it cannot be exported; a parameter has no values; the model is larger than 2 GB.
@@ -161,11 +166,15 @@ def bind(model: nn.Module, example_inputs: Any, *, dynamic_shapes: Any = None) -
             f"the {type(module).__name__} has {total / 2**30:.1f} GB of parameters, and a graph in memory "
             "holds 2; call the pruner without example_inputs"
         )
+    if dynamic_shapes is None and any(isinstance(m, _STATIC) for m in module.modules()):
+        dynamic_shapes = exporting.STATIC
     graph = exporting.export(module, example_inputs, optimize=False, dynamic_shapes=dynamic_shapes)
     found, untraced = find_weights(graph)
     seen = {weight.name for weight in found}
-    hidden = [weight.name for weight in layers.find(module)[0] if not seen & weight.names]
-    if dynamic_shapes is None and (untraced or hidden):  # a batch of any size can come between weight and operator
+    hidden = any(not seen & weight.names for weight in layers.find(module)[0])
+    if dynamic_shapes is None and (
+        hidden or untraced
+    ):  # a batch of any size may stand between a weight and its operator
         static = exporting.export(module, example_inputs, optimize=False, dynamic_shapes=exporting.STATIC)
         more, rest = find_weights(static)
         if len(more) > len(found):

@@ -20,9 +20,9 @@ def active() -> bool:
 def agreed(masks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The masks of rank 0, on every rank; alone, the masks themselves.
 
-    Rank 0's, because DistributedDataParallel spreads rank 0's weights: a pruner called before the model is wrapped may see
-    other weights on every rank. A collective: every rank has to get here, so every rank calls the pruner, `update_epoch`
-    and `step` alike. A mask takes one bit an entry on the way.
+    Rank 0's, because DistributedDataParallel spreads rank 0's weights: a pruner called before the model is wrapped may
+    see other weights on every rank. A collective: every rank has to get here, so every rank calls the pruner,
+    `update_epoch` and `step` alike. A mask takes one bit an entry on the way.
 
     Args:
         masks: weight name -> boolean array of the stored shape, as this rank decided.

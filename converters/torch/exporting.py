@@ -61,17 +61,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     The flags are set one by one: `train()` and `eval()` may be overridden to change more than that.
     """
     modes = [(module, module.training) for module in model.modules()]
-    logger = logging.getLogger("torch")
-    level = logger.level
+    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
     try:
         for module, _ in modes:
             module.training = False
-        logger.setLevel(logging.CRITICAL)
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         for module, training in modes:
             module.training = training
 

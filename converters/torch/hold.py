@@ -27,7 +27,7 @@ _HOLDERS: weakref.WeakKeyDictionary[nn.Module, list[Holder]] = weakref.WeakKeyDi
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter stands: a model and a dotted name. Modules and parameters may be replaced, their place stays."""
+    """Where a parameter stands, as a model and a dotted name: what stands there may be replaced, its place stays."""
 
     model: weakref.ref[nn.Module]
     name: str

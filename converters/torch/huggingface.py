@@ -1,5 +1,7 @@
 """A pruner in the loop of Hugging Face's Trainer."""
 
+# mypy: disable-error-code="misc"  (without the library installed, its classes are Any)
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -7,7 +9,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from onnxprune.errors import PruneError
 
@@ -33,9 +35,7 @@ class HuggingFaceCallback(TrainerCallback):
         self.pruner = pruner
         self.checkpoint = checkpoint
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Take up the masks of the checkpoint that training resumes from.
 
         Raises:
@@ -46,24 +46,20 @@ class HuggingFaceCallback(TrainerCallback):
         if state.global_step:
             self._load(Path(self.checkpoint or args.resume_from_checkpoint or _usual(args, state)))
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Move schedules that count epochs."""
         self.pruner.update_epoch(int(state.epoch or 0) + 1)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Move schedules that count optimizer steps: once per step, however many batches it accumulates."""
         self.pruner.step()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Put the pruner's state into the checkpoint."""
         if args.should_save:
             torch.save(self.pruner.state_dict(), _usual(args, state) / FILE)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Take up the masks of the best checkpoint where the Trainer took up its weights."""
         if args.load_best_model_at_end and state.best_model_checkpoint:
             self._load(Path(state.best_model_checkpoint))
@@ -73,8 +69,8 @@ class HuggingFaceCallback(TrainerCallback):
             saved = torch.load(folder / FILE, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
             raise PruneError(
-                f"the checkpoint '{folder}' holds no state of a pruner ({type(error).__name__}); resume from one that was "
-                "saved with this callback, and where it is not in output_dir, give its folder as "
+                f"the checkpoint '{folder}' holds no state of a pruner ({type(error).__name__}); resume from one that "
+                "was saved with this callback, and where it is not in output_dir, give its folder as "
                 "HuggingFaceCallback(pruner, checkpoint=...) too"
             ) from error
         self.pruner.load_state_dict(saved)

@@ -178,8 +178,9 @@ def _transposed_convolution(groups: int) -> View:
     """(in, out/groups, *k): a group's inputs lie along axis 0."""
 
     def view(x: np.ndarray) -> np.ndarray:
-        grouped: np.ndarray = x.reshape(groups, x.shape[0] // groups, *x.shape[1:]).swapaxes(1, 2)
-        return grouped.reshape(-1, *grouped.shape[2:])
+        split: np.ndarray = x.reshape(groups, x.shape[0] // groups, *x.shape[1:])
+        joined: np.ndarray = split.swapaxes(1, 2).reshape(groups * x.shape[1], -1, *x.shape[2:])
+        return joined
 
     return view
 
@@ -189,15 +190,16 @@ def _gates(order: tuple[int, ...]) -> View:
 
     def view(x: np.ndarray) -> np.ndarray:
         gates = x.reshape(len(order), -1, x.shape[1])
-        ordered: np.ndarray = gates[list(order)]
-        return ordered.reshape(x.shape)
+        ordered: np.ndarray = gates[list(order)].reshape(x.shape)
+        return ordered
 
     return view
 
 
 def _bilinear(x: np.ndarray) -> np.ndarray:
     """(out, in1, in2), multiplied by the first input, as a matrix of in1 columns."""
-    return x.transpose(0, 2, 1).reshape(-1, x.shape[1])
+    matrix: np.ndarray = x.transpose(0, 2, 1).reshape(-1, x.shape[1])
+    return matrix
 
 
 _LSTM = _gates((0, 3, 1, 2))
@@ -354,7 +356,7 @@ _UNKNOWN = "which operator reads it is not known without the graph; call the pru
 def _without_rule(known: list[Site], seen: set[str]) -> Iterator[Skipped]:
     """Matrices of the user's own modules, which only a graph explains."""
     for site in known:
-        own = [m for _, m in site.owners if not type(m).__module__.startswith("torch.nn.modules")]
+        own = [m for _, m in site.owners if not type(m).__module__.startswith("torch.nn.")]
         if own and site.value.ndim > 1 and not seen & set(site.aliases):
             yield Skipped(
                 site.name,

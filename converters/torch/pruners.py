@@ -15,7 +15,7 @@ from onnxprune.errors import PruneError
 from onnxprune.graph.masks import Masks
 from onnxprune.graph.model import Model
 
-from ..bridge import Bridge  # noqa: TID252
+from ..bridge import Bridge
 from . import deploy, distributed, exporting, layers
 from .binding import bind
 from .deploy import Exported

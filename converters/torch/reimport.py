@@ -14,7 +14,7 @@ from onnxprune.errors import PruneError
 from onnxprune.graph.model import Model, ModelSource, load
 from onnxprune.graph.weights import Weight, check_finite, find
 
-from ..match import Match, match  # noqa: TID252
+from ..match import Match, match
 from . import exporting
 from .binding import Binding, bind
 from .pruners import AGPPruner, LevelPruner, SensitivityPruner, TorchPruner
@@ -106,8 +106,8 @@ def _carried(binding: Binding, matches: Mapping[str, Match], file: Model) -> dic
             continue
         if _real(values) and not np.isfinite(values.astype(np.float64)).all():
             raise PruneError(
-                f"initializer '{initializer}' {list(values.shape)} of the file holds NaN or infinite values; the module was "
-                "not changed"
+                f"initializer '{initializer}' {list(values.shape)} of the file holds NaN or infinite values; nothing "
+                "was written"
             )
         written[name] = (place, values.astype(current.dtype))
     return written
@@ -141,7 +141,7 @@ def _compare(
         listed = ", ".join(kept[:6] + ["..."] * (len(kept) > 6))
         own = f" These tensors kept the module's values, because the file does not name them: {listed}." if kept else ""
         raise PruneError(
-            f"with the file's weights the module's outputs differ from the file's by {found:.1e} of their scale (at most "
-            f"{allowed:.0e} is accepted), so the module was left as it was.{own} Load the weights that the file was exported "
-            "from into the module, or export the file with names kept"
+            f"with the file's weights the module's outputs differ from the file's by {found:.1e} of their scale (at "
+            f"most {allowed:.0e} is accepted), so the module was left as it was.{own} Load the weights that the file "
+            "was exported from into the module, or export the file with names kept"
         )

@@ -320,7 +320,8 @@ def _open(proto: onnx.ModelProto, folder: Path | None, path: Path | None) -> Mod
         names = sparse.densify(proto, subgraphs(proto))
         for graph in graphs(proto):
             for node in graph.node:
-                if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value_floats":
+                given = node.attribute[0] if node.op_type == "Constant" and node.attribute else None
+                if given is not None and given.name == "value_floats" and not given.ref_attr_name:
                     _floats_to_tensor(node)
         # The view looks external tensors up by their real paths: they are checked, and onnx-ir refuses the hard links
         # and the linked folders that package managers and model caches make.

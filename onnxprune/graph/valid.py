@@ -73,7 +73,7 @@ def check_tensor(tensor: TensorProto, what: str) -> None:
         have, need, unit = len(getattr(tensor, stored)), count, "values"
         if dtype in (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128):
             need = 2 * count
-        elif dtype != ir.DataType.STRING and dtype.bitwidth < 8:
+        elif dtype != ir.DataType.STRING and dtype.bitwidth in (2, 4):  # packed, which 6-bit types are not
             need = nbytes(tensor)
     if have != need:
         raise PruneError(
