@@ -95,8 +95,8 @@ class Bridge(Pruner):
             if shapes.get(name) != self.masks[name].shape:
                 found = f"has the shape {list(shapes[name])}" if name in shapes else "does not exist in the model"
                 raise PruneError(
-                    f"the mask loaded for weight '{name}' has the shape {list(self.masks[name].shape)}, but the weight {found}; "
-                    "load the state_dict that was saved with this model"
+                    f"the mask loaded for weight '{name}' has the shape {list(self.masks[name].shape)}, but the weight "
+                    f"{found}; load the state_dict that was saved with this model"
                 )
 
     @abstractmethod

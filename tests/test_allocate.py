@@ -50,7 +50,7 @@ def test_erk_reaches_the_total_exactly(shapes, sparsity):
 
 
 def test_erk_densities_of_lenet5():
-    """Densities proportional to (sum of dims) / (product of dims), capped at 1: computed by hand for one free epsilon."""
+    """Densities go with (sum of dims) / (product of dims), at most 1: by hand, with one free epsilon."""
     shapes = [(20, 1, 5, 5), (50, 20, 5, 5), (500, 800), (10, 500)]
     gone = erk(units([np.random.default_rng(0).normal(size=s).astype(np.float32) for s in shapes]), 0.95)
     density = [1 - g.mean() for g in gone]

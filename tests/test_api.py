@@ -111,7 +111,9 @@ def test_a_metric_of_ones_own_gates(tmp_path):
 
 
 def test_what_was_done_is_on_record():
-    proto = prune(prune(LENET, LEVEL).to_proto(), {"pruner": "agp", "config_list": [{"sparsity": 0.9}]}, epoch=3).to_proto()
+    proto = prune(
+        prune(LENET, LEVEL).to_proto(), {"pruner": "agp", "config_list": [{"sparsity": 0.9}]}, epoch=3
+    ).to_proto()
     records = [json.loads(p.value) for p in proto.metadata_props if p.key == "onnxprune"]
     assert len(records) == 1
     assert records[0]["pruner"] == "agp"

@@ -43,14 +43,26 @@ def governed(entries, **options):
         ([{"sparsity": 0.5, "op_types": ["default"]}], {0: ["conv1", "conv2", "fc1", "fc2", "rnn"]}),
         ([{"sparsity": 0.5}], {0: ["conv1", "conv2", "fc1", "fc2", "rnn"]}),
         ([{"sparsity": 0.5, "op_types": ["Conv", "Gemm"]}], {0: ["conv1", "fc1"]}),
-        ([{"sparsity": 0.5, "op_types": ["default", "Embedding"]}], {0: ["conv1", "conv2", "fc1", "fc2", "emb", "rnn"]}),
+        (
+            [{"sparsity": 0.5, "op_types": ["default", "Embedding"]}],
+            {0: ["conv1", "conv2", "fc1", "fc2", "emb", "rnn"]},
+        ),
         ([{"sparsity": 0.5, "op_names": "emb.weight"}], {0: ["emb"]}),
         ([{"sparsity": 0.5, "op_names": ["fc1"]}], {0: ["fc1"]}),  # the module's name, as in NNI
         ([{"sparsity": 0.5, "op_names": ["fc*", "emb"]}], {0: ["fc1", "fc2", "emb"]}),
         ([{"sparsity": 0.5, "op_types": ["Conv"], "op_names": ["*1*"]}], {0: ["conv1"]}),  # both must match
-        ([{"sparsity": 0.5, "op_types": "default"}, {"sparsity": 0.9, "op_names": ["fc1"]}], {0: ["conv1", "conv2", "fc2", "rnn"], 1: ["fc1"]}),
-        ([{"sparsity": 0.9, "op_names": ["fc1"]}, {"sparsity": 0.5, "op_types": "default"}], {1: ["conv1", "conv2", "fc1", "fc2", "rnn"]}),
-        ([{"sparsity": 0.5, "op_types": "default"}, {"exclude": True, "op_names": ["fc*"]}], {0: ["conv1", "conv2", "rnn"]}),
+        (
+            [{"sparsity": 0.5, "op_types": "default"}, {"sparsity": 0.9, "op_names": ["fc1"]}],
+            {0: ["conv1", "conv2", "fc2", "rnn"], 1: ["fc1"]},
+        ),
+        (
+            [{"sparsity": 0.9, "op_names": ["fc1"]}, {"sparsity": 0.5, "op_types": "default"}],
+            {1: ["conv1", "conv2", "fc1", "fc2", "rnn"]},
+        ),
+        (
+            [{"sparsity": 0.5, "op_types": "default"}, {"exclude": True, "op_names": ["fc*"]}],
+            {0: ["conv1", "conv2", "rnn"]},
+        ),
         (
             [{"sparsity": 0.5}, {"exclude": True, "op_types": ["Gemm"]}, {"sparsity": 0.1, "op_names": ["fc1"]}],
             {0: ["conv1", "conv2", "fc2", "rnn"], 2: ["fc1"]},
@@ -87,7 +99,11 @@ def test_files_of_either_form(tmp_path, suffix, form):
 
 
 def test_options_go_before_the_mapping_and_after_the_entry():
-    source = {"pattern": "2:4", "allocation": "erk", "config_list": [{"sparsity": 0.3}, {"sparsity": 0.3, "pattern": "1:4"}]}
+    source = {
+        "pattern": "2:4",
+        "allocation": "erk",
+        "config_list": [{"sparsity": 0.3}, {"sparsity": 0.3, "pattern": "1:4"}],
+    }
     config = load(source, pattern="block:2x2", allocation=None)
     assert [e.pattern for e in config.entries] == ["block:2x2", "1:4"]
     assert config.entries[0].allocation == "erk"
@@ -114,11 +130,19 @@ def test_a_pattern_implies_its_sparsity():
         ([{"sparsity": 0.5, "pattern": "4:2"}], {}, ["entry 1", "'pattern'", "4:2", "0 < N < M"]),
         ([{"sparsity": 0.6, "pattern": "2:4"}], {}, ["entry 1", "more than the pattern 2:4 allows, 0.5"]),
         ([{"sparsity": 0.5, "score": "luck"}], {}, ["entry 1", "'score'", "'luck'", "'magnitude'"]),
-        ([{"sparsity": 0.5, "allocation": "fair"}], {}, ["entry 1", "'allocation'", "'fair'", "'erk', 'global', 'uniform'"]),
+        (
+            [{"sparsity": 0.5, "allocation": "fair"}],
+            {},
+            ["entry 1", "'allocation'", "'fair'", "'erk', 'global', 'uniform'"],
+        ),
         ([{"sparsity": 0.5, "final_sparsity": 0.8}], {}, ["entry 1", "'final_sparsity'", "level"]),
         ([{"final_sparsity": 0.8, "sparsity": 0.8}], {"pruner": "agp"}, ["entry 1", "short for 'final_sparsity'"]),
         ([{"start_epoch": 0}], {"pruner": "agp"}, ["entry 1", "'final_sparsity' is missing"]),
-        ([{"final_sparsity": 0.8, "start_epoch": 5, "end_epoch": 2}], {"pruner": "agp"}, ["ends at 2, before it starts at 5"]),
+        (
+            [{"final_sparsity": 0.8, "start_epoch": 5, "end_epoch": 2}],
+            {"pruner": "agp"},
+            ["ends at 2, before it starts at 5"],
+        ),
         ([{"final_sparsity": 0.8, "start_epoch": 1, "end_step": 2}], {"pruner": "agp"}, ["not both"]),
         ([{"final_sparsity": 0.8, "start_step": 1}], {"pruner": "agp"}, ["'end_step' is missing"]),
         ([{"final_sparsity": 0.8, "frequency": 0}], {"pruner": "agp"}, ["'frequency'", "0"]),
@@ -144,7 +168,10 @@ def test_every_error_names_the_entry_the_key_and_the_value(source, options, word
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "text"), [("a.yaml", "- sparsity: [0.5"), ("a.json", "[{"), ("a.toml", "= 1"), ("a.yaml", "!!python/object:os.system {}")])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.yaml", "- sparsity: [0.5"), ("a.json", "[{"), ("a.toml", "= 1"), ("a.yaml", "!!python/object:os.system {}")],
+)
 def test_files_that_cannot_be_parsed(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     with pytest.raises(PruneError, match="cannot be parsed"):
@@ -154,9 +181,15 @@ def test_files_that_cannot_be_parsed(tmp_path, name, text):
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ({"sparsity": 0.5, "op_types": ["Conv3D"]}, ["entry 2", "types present: Conv, Embedding, FusedConv, Gemm, LSTM, MatMul"]),
+        (
+            {"sparsity": 0.5, "op_types": ["Conv3D"]},
+            ["entry 2", "types present: Conv, Embedding, FusedConv, Gemm, LSTM, MatMul"],
+        ),
         ({"sparsity": 0.5, "op_names": ["fc1.wieght"]}, ["entry 2", "nearest names: fc1.weight"]),
-        ({"sparsity": 0.5, "op_names": ["fc1", "fc3"]}, ["entry 2", "the name 'fc3' matches no weight", "nearest names"]),
+        (
+            {"sparsity": 0.5, "op_names": ["fc1", "fc3"]},
+            ["entry 2", "the name 'fc3' matches no weight", "nearest names"],
+        ),
         ({"exclude": True, "op_names": ["cnv1"]}, ["entry 2", "nearest names", "conv1"]),
         ({"sparsity": 0.5, "op_types": []}, ["entry 2", "matches no weight"]),
     ],

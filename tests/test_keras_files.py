@@ -223,7 +223,7 @@ def test_other_biases_are_noticed():
 
 def test_pruned_on_after_reimport():
     model = trained_net()
-    result = onnxprune.prune(bind(model).pull(), [{"sparsity": 0.4, "op_names": ["dense", "conv2d"]}])
+    result = onnxprune.prune(bind(model).pull(), [{"sparsity": 0.4, "op_names": ["dense/*", "conv2d/*"]}])
     schedule = [{"final_sparsity": 0.8, "start_epoch": 0, "end_epoch": 2, "op_types": ["Dense"]}]
     pruner = reimport(model, result.to_proto(), config_list={"pruner": "agp", "config_list": schedule})
     assert isinstance(pruner, AGPPruner)

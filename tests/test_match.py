@@ -221,6 +221,53 @@ def test_two_copies_pruned_differently_are_refused():
     assert np.array_equal(match(named({"emb": tied}), both)["emb"].values, pruned(tied, 0.5))
 
 
+def test_one_copy_for_two_that_differ_is_refused():
+    a = np.random.default_rng(0).normal(size=(6, 6)).astype(F32)
+    b = np.where(pruned(a, 0.5), a, 2 * a)  # what survives in the file fits both
+    with pytest.raises(PruneError, match="2 of 2 weights"):
+        match(named({"a": a, "b": b}), named({"x": pruned(a, 0.5)}))
+    with pytest.raises(PruneError, match="2 of 2 weights"):  # the one ends where the other lies
+        match(named({"a": a, "b": a[2:]}), named({"x": np.concatenate([a, a[:3] + 1])}))
+
+
+def test_copies_that_were_trained_apart_are_refused():
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(20, 20)).astype(F32)
+    mine = {"a": a, "b": a + 0.01 * rng.normal(size=a.shape).astype(F32)}
+    file = {
+        n: pruned(v + 0.1 * rng.normal(size=v.shape).astype(F32), 0.5) for n, v in zip("xy", mine.values(), strict=True)
+    }
+    with pytest.raises(PruneError, match="2 of 2 weights"):
+        match(named(mine), named(file))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_best_of_several_that_correlate(seed):
+    rng = np.random.default_rng(seed)
+    a, noise = rng.normal(size=(2, 20, 20)).astype(F32)
+    mine = {"a": a, "b": F32(0.55) * a + F32(0.83) * noise}
+    check(mine, {n: pruned(v + 0.1 * rng.normal(size=v.shape).astype(F32), 0.5) for n, v in mine.items()}, True)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_few_entries_are_no_evidence(seed):
+    rng = np.random.default_rng(seed)
+    mine = {n: rng.normal(size=(2, 3)).astype(F32) for n in "ab"}
+    file = {n: rng.normal(size=(2, 3)).astype(F32) for n in "xy"}
+    with pytest.raises(PruneError, match="2 of 2 weights"):
+        match(named(mine), named(file))
+    once = np.eye(5, dtype=F32)  # any weight is this up to a factor per output
+    assert match(named({"a": rng.normal(size=(5, 5)).astype(F32)}), named({"x": once}))["a"].how == "shape"
+
+
+def test_a_shape_alone_does_not_make_an_embedding_a_matrix():
+    rng = np.random.default_rng(0)
+    table, matrix, one, two = rng.normal(size=(4, 5, 5)).astype(F32)
+    file = [weight("x", one), weight("y", two, op="Embedding")]
+    result = match([weight("t", table, op="Embedding"), weight("m", matrix)], file)
+    assert {n: one.theirs for n, one in result.items()} == {"t": ("y",), "m": ("x",)}
+
+
 def net(conv: np.ndarray, rest: str, **arrays: np.ndarray) -> list[Weight]:
     model = parse(f"(float[1,4,8,8] x) => (float[1,8,6,6] y) {{ {rest} }}", W=conv, **arrays)
     return find(load(model))[0]

@@ -63,7 +63,9 @@ def test_n_of_m_grows_along_a_schedule_without_a_weight_returning(seed):
 
 def test_block_literal():
     w = np.array([[1, 1, 9, 9], [1, 1, 9, 9], [2, 2, 0, 0], [2, 2, 0, 8]], np.float32)
-    assert np.array_equal(removed("block:2x2", w, 0.5), np.array([[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0]]) == 1)
+    assert np.array_equal(
+        removed("block:2x2", w, 0.5), np.array([[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0]]) == 1
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -78,7 +80,9 @@ def test_blocks_go_whole_and_never_more_than_asked(shape, rows, columns, sparsit
         part = gone[r : r + rows, c : c + columns].reshape(-1, *shape[2:])
         assert (part.all(0) | ~part.any(0)).all()
         values = np.abs(w[r : r + rows, c : c + columns]).reshape(part.shape)
-        means += list(zip(values.mean(0).reshape(-1), part.all(0).reshape(-1), itertools.repeat(len(part)), strict=False))
+        means += list(
+            zip(values.mean(0).reshape(-1), part.all(0).reshape(-1), itertools.repeat(len(part)), strict=False)
+        )
     kept = [(mean, size) for mean, out, size in means if not out]
     if kept:  # the lowest block that stays would not have fitted, or ranks above all that went
         assert gone.sum() + min(kept)[1] > int(w.size * sparsity)
@@ -96,7 +100,9 @@ def test_blocks_grow_along_a_schedule(seed):
         held = gone
 
 
-@pytest.mark.parametrize("text", ["", "4:2", "0:4", "2:2", "block", "block:0x2", "block:2", "channels", "2:4:8", "block:-1x2"])
+@pytest.mark.parametrize(
+    "text", ["", "4:2", "0:4", "2:2", "block", "block:0x2", "block:2", "channels", "2:4:8", "block:-1x2"]
+)
 def test_unknown_patterns_are_refused(text):
     with pytest.raises(PruneError, match="is not known; expected 'unstructured'"):
         parse(text)

@@ -48,7 +48,9 @@ FLOORS = {
 
 
 def test_public_names():
-    assert set(onnxprune.__all__) == PUBLIC, "the public API changed: if that is meant, change PUBLIC here and the README"
+    assert set(onnxprune.__all__) == PUBLIC, (
+        "the public API changed: if that is meant, change PUBLIC here and the README"
+    )
     for name in onnxprune.__all__:
         assert getattr(onnxprune, name) is not None
     assert set(dir(onnxprune)) >= PUBLIC
@@ -59,7 +61,9 @@ def test_an_unknown_name_is_an_attribute_error():
         onnxprune.prune_model  # noqa: B018
 
 
-@pytest.mark.parametrize("statement", ["import onnxprune", "from onnxprune import prune, inspect, AGPPruner", "import onnxprune.cli"])
+@pytest.mark.parametrize(
+    "statement", ["import onnxprune", "from onnxprune import prune, inspect, AGPPruner", "import onnxprune.cli"]
+)
 def test_an_import_loads_neither_framework_nor_runtime(statement):
     code = f"import sys; {statement}; print([m for m in {HEAVY} if m in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -68,8 +72,9 @@ def test_an_import_loads_neither_framework_nor_runtime(statement):
 
 def test_pruning_without_data_loads_no_runtime(tmp_path):
     model = Path(__file__).parents[1] / "models" / "lenet5.onnx"
+    target = str(tmp_path / "out.onnx")
     code = (
-        f"import sys, onnxprune; onnxprune.prune({str(model)!r}, [{{'sparsity': 0.5}}], {str(tmp_path / 'out.onnx')!r});"
+        f"import sys, onnxprune; onnxprune.prune({str(model)!r}, [{{'sparsity': 0.5}}], {target!r});"
         f"print([m for m in {HEAVY} if m in sys.modules])"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

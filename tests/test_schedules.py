@@ -20,7 +20,9 @@ def test_agp_of_the_documentation():
     assert at(4) == pytest.approx(0.8 * (1 - (6 / 9) ** 3), abs=1e-15)  # three of nine steps done
 
 
-@pytest.mark.parametrize(("initial", "final", "start", "end"), [(0.0, 0.8, 1, 10), (0.2, 0.9, 0, 7), (0.5, 0.5, 3, 3), (0, 1, 5, 6)])
+@pytest.mark.parametrize(
+    ("initial", "final", "start", "end"), [(0.0, 0.8, 1, 10), (0.2, 0.9, 0, 7), (0.5, 0.5, 3, 3), (0, 1, 5, 6)]
+)
 @pytest.mark.parametrize("frequency", [1, 2, 3, 4, 100])
 def test_cubic_is_the_formula_at_updates_and_holds_between(initial, final, start, end, frequency):
     at = cubic(initial, final, start, end, frequency)
@@ -32,7 +34,9 @@ def test_cubic_is_the_formula_at_updates_and_holds_between(initial, final, start
         elif last == end:  # lands on the final sparsity, whether or not the frequency divides the span
             assert at(t) == final
         else:
-            assert at(t) == pytest.approx(final + (initial - final) * (1 - (last - start) / (end - start)) ** 3, abs=1e-12)
+            assert at(t) == pytest.approx(
+                final + (initial - final) * (1 - (last - start) / (end - start)) ** 3, abs=1e-12
+            )
 
 
 def test_cubic_never_falls():

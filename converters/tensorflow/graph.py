@@ -38,7 +38,8 @@ _STALE = (
 class GraphHolder:
     """A graph whose weights can be read, and whose masks are held while sessions train it.
 
-    Nothing is edited before `attach`.
+    Nothing is edited before `attach`. While masks are held, checkpoints are as ever, but a .meta file that a Saver
+    writes loads nowhere else, for it calls back into this process; one written after `remove` does.
 
     Args:
         graph: the graph, its forward pass built; training ops may be there already, or come later.

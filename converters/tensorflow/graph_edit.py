@@ -1,12 +1,12 @@
 """Masks inside a TensorFlow graph: the ops that form, apply, hold and move them, and the edits that put them in place.
 
-The masks are boolean variables that no collection knows, so that initialisers, savers and `report_uninitialized`
-never see them. They form by themselves the first time a session runs an op that needs one. The forward pass
-reads masked values; every op that updates a variable is followed by one that zeroes what the mask removes. All ops are
-made at once, so that a graph finalised later still moves on.
+The masks are boolean variables that no collection knows, so that initialisers, savers and
+`report_uninitialized_variables` never see them. They form by themselves the first time a session runs an op that
+needs one. The forward pass reads masked values; every op that updates a variable is followed by one that zeroes what
+the mask removes. All ops are made at once, so that a graph finalised later still moves on.
 
 Existing ops are edited through TensorFlow's own `_update_input` and `_add_control_input`, as its graph editors do;
-sessions that ran before an edit never see it (`seen`).
+sessions that ran before an edit never see it (`MaskOps.seen`).
 """
 
 from __future__ import annotations
@@ -108,12 +108,12 @@ class MaskOps:
         self.graph, self.variables, self.edits = graph, variables, Edits()
         ops = graph.get_operations()
         with _outside(graph):
-            self._store = {n: _hidden(np.ones(v.object.shape, np.bool_), "mask") for n, v in variables.items()}
-            self._flag = _hidden(False, "formed")
-            self._mark = _hidden(False, "seen")
+            self._store = {n: _hidden(graph, "mask", v.object.shape) for n, v in variables.items()}
+            self._flag = _hidden(graph, "formed")
+            self._mark = _hidden(graph, "seen")
             self.values = {n: self._value(n) for n in variables}
             self.masks = {n: self._mask(n) for n in variables}
-            self.formed = v1.is_variable_initialized(self._flag)
+            self.formed = raw.VarIsInitializedOp(resource=self._flag)
             self.ready = self._forming(form)
             with tf.control_dependencies([self.ready]):
                 self._held = {n: self._mask(n) for n in variables}
@@ -123,7 +123,7 @@ class MaskOps:
             self.zero = [self._zeroed(n, (), self._mask) for n in variables]
             self.release = [_assign(self._store[n], tf.ones(v.object.shape, tf.bool)) for n, v in variables.items()]
             self.release.append(_assign(self._flag, True))
-            self._seen = v1.is_variable_initialized(self._mark)
+            self._seen = raw.VarIsInitializedOp(resource=self._mark)
             self._probe = next((op for op in ops if op.type == "Const" and _plain(op)), None)
             if self._probe is not None:
                 self.edits.after(self._probe, _assign(self._mark, True))
@@ -148,7 +148,7 @@ class MaskOps:
 
     def _mask(self, name: str) -> Any:
         """A session's mask as it is when this is run."""
-        mask = raw.ReadVariableOp(resource=self._store[name].handle, dtype=tf.bool)
+        mask = raw.ReadVariableOp(resource=self._store[name], dtype=tf.bool)
         mask.set_shape(self.variables[name].object.shape)
         return mask
 
@@ -263,12 +263,15 @@ def _outside(graph: Any) -> Any:
         yield
 
 
-def _hidden(value: Any, name: str) -> Any:
-    return v1.Variable(value, trainable=False, collections=[], use_resource=True, name=name)
+def _hidden(graph: Any, name: str, shape: Any = ()) -> Any:
+    """The handle of a boolean variable that is in no collection, and has no value before it is given one."""
+    return raw.VarHandleOp(
+        dtype=tf.bool, shape=shape, shared_name=graph.unique_name(name, mark_as_used=False), name=name
+    )
 
 
-def _assign(variable: Any, value: Any) -> Any:
-    return raw.AssignVariableOp(resource=variable.handle, value=value)
+def _assign(handle: Any, value: Any) -> Any:
+    return raw.AssignVariableOp(resource=handle, value=tf.convert_to_tensor(value))
 
 
 def _plain(op: Any) -> bool:

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from onnxprune.api import note
+from onnxprune.api import Pruner, note
 from onnxprune.errors import PruneError
 from onnxprune.graph.model import Model
 
@@ -44,22 +44,22 @@ class TensorFlowPruner(Bridge):
             PruneError: nothing in it can be pruned, an entry of the configuration matches nothing, or a weight holds
                 NaN; nothing has been changed.
         """
-        graph = isinstance(target, tf.Graph)
         holder: Holder
         if isinstance(target, keras.Model):
             holder = KerasHolder(target, example_inputs)
-        elif graph:
-            from .graph import GraphHolder
-
-            holder = GraphHolder(target, self._form)
+        elif isinstance(target, tf.Graph):
+            return self._graph(target)
         else:
             kind = f"{type(target).__module__}.{type(target).__name__}"
             raise PruneError(f"a pruner takes a keras.Model or a tf.Graph, not a {kind}")
         self._check(holder)
         self.remove()
         self._holder, self.model = holder, target
-        if not graph:
+        try:
             self._attach(holder.weights, holder.skipped)
+        except PruneError:
+            self.remove()
+            raise
         return self
 
     def update_epoch(self, epoch: int, sess: Any = None) -> None:
@@ -77,16 +77,18 @@ class TensorFlowPruner(Bridge):
 
     def step(self, steps: int = 1, sess: Any = None) -> None:
         """Move schedules that count optimizer steps on; for a graph, in the session `sess`."""
-        if self._holder is None or sess is None:
+        if self._holder is None or not isinstance(self.model, tf.Graph):
             super().step(steps)
             return
-        with self._holder.at(sess):
-            super().step(steps)
+        Pruner.step(self, steps)
+        if self._targets_now() != self._targets:  # between two updates a session's values need not be fetched
+            with self._holder.at(sess):
+                self._due()
 
     def load_state_dict(self, state: Mapping[str, Any], sess: Any = None) -> None:
         """Go on from a `state_dict`; where a model is attached, its masks are held from now on."""
-        if self._holder is None:
-            super().load_state_dict(state)
+        if self._holder is None or (sess is None and isinstance(self.model, tf.Graph)):
+            super().load_state_dict(state)  # a graph without a session takes the masks when it first runs
             return
         with self._holder.at(sess):
             super().load_state_dict(state)
@@ -121,6 +123,20 @@ class TensorFlowPruner(Bridge):
     def counts_steps(self) -> bool:
         """Whether a schedule is counted in optimizer steps."""
         return any(getattr(entry, "counts", "epoch") == "step" for entry in self.config.entries if not entry.exclude)
+
+    def _graph(self, graph: Any) -> TensorFlowPruner:
+        """Put masks into a graph; they form in the first run of a session."""
+        from .graph import GraphHolder
+
+        holder = GraphHolder(graph, self._form)
+        self._check(holder)
+        self.remove()
+        self.weights, self.skipped, self._untouched = holder.weights, holder.skipped, holder.skipped
+        self._check_masks()
+        holder.attach({weight.name for _, chosen in self.config.assign(self.weights) for weight in chosen})
+        self._kept, self._targets = dict(self.masks), None
+        self._holder, self.model = holder, graph
+        return self
 
     def _form(self) -> Mapping[str, np.ndarray]:
         """Decide from what the weights' storages read at this moment."""

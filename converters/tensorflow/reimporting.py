@@ -141,10 +141,10 @@ def _compare(model: Any, source: ModelSource, file: Model, example_inputs: Any) 
     allowed = tolerance(model)
     if not apart <= allowed:
         raise PruneError(
-            f"with the file's weights the model's outputs differ from the file's by {apart:.1e} of their largest magnitude "
-            f"(at most {allowed:.0e} is accepted), so the model was left as it was: biases or statistics, which an "
-            "ordinary file does not name, are others there. Load the weights that the file was exported from into the "
-            "model, or prune a file made by bind"
+            f"with the file's weights the model's outputs differ from the file's by {apart:.1e} of their largest "
+            f"magnitude (at most {allowed:.0e} is accepted), so the model was left as it was: biases or statistics, "
+            "which an ordinary file does not name, are others there. Load the weights that the file was exported from "
+            "into the model, or prune a file made by bind"
         )
 
 

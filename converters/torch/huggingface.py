@@ -1,6 +1,7 @@
 """A pruner in the loop of Hugging Face's Trainer."""
 
-# mypy: disable-error-code="misc"  (without the library installed, its classes are Any)
+# Without the library installed, its classes are Any.
+# mypy: disable-error-code="misc"
 
 from __future__ import annotations
 

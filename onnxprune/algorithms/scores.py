@@ -28,7 +28,8 @@ def relative(factor: float) -> Score:
     def score(values: np.ndarray) -> np.ndarray:
         spread = deviation(values) * factor
         wide = values if values.dtype == np.float64 else values.astype(np.float32)
-        return wide / wide.dtype.type(spread) if spread > 0 else np.abs(wide)
+        scaled: np.ndarray = wide / wide.dtype.type(spread) if spread > 0 else np.abs(wide)
+        return scaled
 
     return score
 

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
-from onnx.external_data_helper import load_external_data_for_tensor
 
 from onnxprune.graph.model import Model, graphs, tensors
 from onnxprune.graph.trace import NONDETERMINISTIC
@@ -95,8 +94,10 @@ def _empty(tensor: TensorProto, model: Model) -> None:
     external = tensor.data_location == TensorProto.EXTERNAL
     if math.prod(tensor.dims) <= SMALL:
         if external:
-            load_external_data_for_tensor(tensor, str(model.folder))
-            tensor.data_location = TensorProto.DEFAULT
+            content = model.content(tensor)
+            tensor.ClearField("external_data")
+            tensor.ClearField("data_location")
+            tensor.raw_data = content
         return
     for name in ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data", "raw_data"):
         tensor.ClearField(name)
