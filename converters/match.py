@@ -9,7 +9,7 @@ first; nothing is guessed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -73,8 +73,8 @@ def match(ours: Sequence[Weight], theirs: Sequence[Weight], normalised: Collecti
         PruneError: a weight stays without a match; the message lists the candidates.
     """
     matcher = _Matcher(
-        [_Side(weight, weight.name in normalised or _normalised(weight)) for weight in ours],
-        [_Side(weight, _normalised(weight)) for weight in theirs],
+        [_Side(weight, weight.name in normalised or _followed(weight, _is_norm)) for weight in ours],
+        [_Side(weight, _followed(weight, lambda node: _is_norm(node) or _is_scale(node))) for weight in theirs],
     )
     matcher.run()
     return matcher.result()
@@ -426,20 +426,32 @@ def _epsilon(weight: Weight) -> float:
     return precision.get(weight.dtype.name, 1e-5)
 
 
-def _normalised(weight: Weight) -> bool:
-    """Whether an output goes on to a BatchNormalization, or to a product with a constant, as one leaves behind."""
-    return any(_reaches(use.site.outputs[0], 3) for use in weight.uses if use.site is not None)
+def _followed(weight: Weight, by: Callable[[ir.Node], bool]) -> bool:
+    """Whether an operator's output goes on to a node of some kind, past a bias and changes of its shape."""
+
+    def reaches(value: ir.Value, depth: int) -> bool:
+        for node, _ in value.uses():
+            passing = node.op_type in _PASSING or (node.op_type == "Add" and _is_constant(node, value))
+            if by(node) or (depth and passing and reaches(node.outputs[0], depth - 1)):
+                return True
+        return False
+
+    return any(reaches(use.site.outputs[0], 3) for use in weight.uses if use.site is not None)
 
 
-def _reaches(value: ir.Value, depth: int) -> bool:
-    for node, _ in value.uses():
-        if node.op_type == "BatchNormalization":
-            return True
-        others: Mapping[int, ir.Value] = {id(v): v for v in node.inputs if v is not None and v is not value}
-        constant = bool(others) and all(v.const_value is not None for v in others.values())
-        if node.op_type == "Mul" and constant:
-            return True
-        moving = node.op_type in {"Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast"}
-        if depth and (moving or (node.op_type == "Add" and constant)) and _reaches(node.outputs[0], depth - 1):
-            return True
-    return False
+_PASSING = {"Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast"}
+
+
+def _is_norm(node: ir.Node) -> bool:
+    return node.op_type == "BatchNormalization"
+
+
+def _is_scale(node: ir.Node) -> bool:
+    """A product with a constant, as an exporter leaves of a normalisation that it does not fold."""
+    return node.op_type == "Mul" and any(_is_constant(node, value) for value in node.inputs)
+
+
+def _is_constant(node: ir.Node, value: ir.Value | None) -> bool:
+    """Whether all inputs of a node but one are constants."""
+    others = [other for other in node.inputs if other is not None and other is not value]
+    return bool(others) and all(other.const_value is not None for other in others)

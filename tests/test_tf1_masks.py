@@ -155,10 +155,18 @@ def _tied_embedding(ref: bool) -> Any:
     return tf.matmul(tf.nn.embedding_lookup(table, v1.placeholder(tf.int32, (3,))), table, transpose_b=True)
 
 
+def _tied_embedding_across(ref: bool) -> Any:
+    """The table is looked up first; it is the MatMul that gives it its role."""
+    table = tied("w", 7, 6, ref=ref)
+    rows = tf.nn.embedding_lookup(table, v1.placeholder(tf.int32, (3,)))
+    return rows + tf.matmul(v1.placeholder(f4, (3, 7)), table)
+
+
 GRAPHS: list[Callable[[bool], Any]] = [
     _conv1d, _conv2d_grouped, _conv3d, _conv2d_transpose, _conv3d_transpose, _depthwise, _separable, _dense,
     _dense_adjoint, _dense_left, _batch, _tensordot, _einsum, _einsum_both, _einsum_swapped, _einsum_left, _moved, _cut,
     _sliced, _sliced_off, _joined, _stacked, _unstacked, _half, _cast, _double, _shared, _embedding, _tied_embedding,
+    _tied_embedding_across,
 ]  # fmt: skip
 
 

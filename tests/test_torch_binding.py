@@ -45,6 +45,7 @@ def assert_same(ours, theirs):
 CONFIGS = {
     "level": [{"sparsity": 0.6, "op_types": TYPES}],
     "sensitivity": [{"sparsity": 0.6, "op_types": TYPES}],
+    "global": [{"sparsity": 0.6, "op_types": TYPES, "allocation": "global"}],
     "blocks": [{"sparsity": 0.5, "op_types": TYPES, "pattern": "block:2x2"}],
     "2:4": [{"op_types": TYPES, "pattern": "2:4"}],
 }

@@ -23,7 +23,13 @@ pytestmark = pytest.mark.filterwarnings(
 
 EPOCHS = [{"final_sparsity": 0.8, "start_epoch": 1, "end_epoch": 3, "op_types": ["Linear"]}]
 STEPS = [{"final_sparsity": 0.8, "end_step": 9, "frequency": 2, "op_types": ["Linear"]}]
-SCHEDULES = pytest.mark.parametrize("schedule", [EPOCHS, STEPS], ids=["epochs", "steps"])
+
+
+def schedules(slow: str) -> pytest.MarkDecorator:
+    """Both kinds of schedule; each library runs one of them by default."""
+    cases = {"epochs": EPOCHS, "steps": STEPS}
+    marked = [pytest.param(c, id=n, marks=pytest.mark.slow if n == slow else ()) for n, c in cases.items()]
+    return pytest.mark.parametrize("schedule", marked)
 
 
 def zeros_held(pruner: AGPPruner, model: nn.Module) -> None:
@@ -86,7 +92,7 @@ def train(schedule, folder: Path, stop: int = 0, resume: str | None = None, epoc
     return pruner, model, watch.seen
 
 
-@SCHEDULES
+@schedules(slow="steps")
 def test_hugging_face_resumes_where_it_stopped(tmp_path, schedule):
     whole, model, seen = train(schedule, tmp_path / "whole")
     assert len(seen) == 12
@@ -102,6 +108,7 @@ def test_hugging_face_resumes_where_it_stopped(tmp_path, schedule):
         assert torch.equal(a, b), name
 
 
+@pytest.mark.slow
 def test_hugging_face_ends_with_the_best_checkpoints_masks(tmp_path):
     best = {
         "load_best_model_at_end": True,
@@ -171,7 +178,7 @@ def fit(schedule, folder: Path, epochs: int, resume: Path | None = None, precisi
     return pruner, model, look.seen
 
 
-@SCHEDULES
+@schedules(slow="epochs")
 def test_lightning_resumes_where_it_stopped(tmp_path, schedule):
     whole, model, seen = fit(schedule, tmp_path, 4)
     assert seen == sorted(seen)

@@ -101,10 +101,18 @@ def test_computed_weights_are_left_alone_with_the_reason(case):
         LevelPruner([{"sparsity": 0.5}])(layer)
 
 
-def test_types_without_zeros_are_left_alone():
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, dtype=torch.complex64))
+def test_types_that_cannot_be_pruned_are_left_alone():
+    class Sharded(torch.Tensor):
+        pass
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, dtype=torch.complex64), nn.Linear(2, 2))
+    model[2].weight = nn.Parameter(torch.randn(2, 2).as_subclass(Sharded))
     pruner = LevelPruner([{"sparsity": 0.5}])(model)
-    assert [(s.name, "complex64" in s.reason) for s in pruner.skipped] == [("1.weight", True)]
+    assert [row.name for row in pruner.report.rows] == ["0.weight"]
+    assert {s.name: s.reason.split(";")[0] for s in pruner.skipped} == {
+        "1.weight": "its type is torch.complex64",
+        "2.weight": "it is a Sharded, not a plain tensor",
+    }
 
 
 def test_a_tied_weight_is_its_matrix_product_s():

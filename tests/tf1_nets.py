@@ -26,6 +26,7 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "ftrl": lambda: v1.train.FtrlOptimizer(0.1),
 }
 
+HALF = [{"sparsity": 0.5, "op_types": "default"}]
 WEIGHTS = ("conv/kernel", "dw/kernel", "fc/kernel")
 
 
@@ -90,6 +91,17 @@ def read(sess: Any) -> dict[str, np.ndarray]:
     """The values of all variables in a session, by name; makes new ops."""
     with sess.graph.as_default():
         return {v.op.name: np.asarray(sess.run(v)) for v in v1.global_variables()}
+
+
+def masks_hold(pruner: Any, values: dict[str, np.ndarray], *, dense: tuple[str, ...] = ()) -> None:
+    """Every pruned entry is +0.0, and no other entry is 0."""
+    assert pruner.masks
+    for name, keep in pruner.masks.items():
+        gone = values[name][~keep]
+        assert not gone.any(), f"{name}: {np.count_nonzero(gone)} of {gone.size} pruned entries live"
+        assert not np.signbit(gone).any(), f"{name}: -0.0"
+        if name not in dense:
+            assert values[name][keep].all(), f"{name}: an entry died"
 
 
 def tied(name: str, *shape: int, ref: bool = False, dtype: Any = np.float32) -> Any:

@@ -20,7 +20,7 @@ from onnxprune.graph.model import Model, ModelSource, graphs, load
 from onnxprune.graph.weights import Skipped, Weight, find
 
 from . import layers
-from .convert import convert, hoist, rename
+from .convert import convert, rename
 from .layers import VariableStorage, variable_names
 
 
@@ -194,7 +194,6 @@ def _unfolded(model: Any, specs: Any) -> tuple[onnx.ModelProto, dict[str, Any]]:
     arguments += [tf.TensorSpec(v.shape, v.dtype, name=f"w{i}") for i, v in enumerate(variables)]
     proto = convert(call, arguments)
     graph = proto.graph
-    hoist(graph)
     paths = [unique[id(variable)] for variable in variables]
     table = {f"w{i}": path for i, path in enumerate(paths)}
     inputs = input_names(model, len(flat))

@@ -73,40 +73,12 @@ def rename(graph: onnx.GraphProto, table: Mapping[str, str]) -> None:
         node.output[:] = [table.get(name, name) for name in node.output]
     for info in (*graph.input, *graph.value_info, *graph.initializer):
         info.name = table.get(info.name, info.name)
-    for attribute in _subgraphs(graph):
-        rename(attribute, table)
-    _rename_uses(graph, table, deep=False)
-
-
-def hoist(graph: onnx.GraphProto) -> None:
-    """Let a Loop's body read from outside what it only hands on: a recurrent weight then feeds its operator."""
     for inner in _subgraphs(graph):
-        hoist(inner)
-    for node in graph.node:
-        if node.op_type != "Loop":
-            continue
-        body = next(a.g for a in node.attribute if a.name == "body")
-        states = len(node.input) - 2
-        for k in reversed(range(states)):
-            inner_name = body.input[2 + k].name
-            if body.output[1 + k].name != inner_name:
-                continue
-            outer, after = node.input[2 + k], node.output[k]
-            for parts, index in ((node.input, 2 + k), (body.input, 2 + k), (body.output, 1 + k), (node.output, k)):
-                del parts[index]
-            _rename_uses(body, {inner_name: outer})
-            if after:
-                _rename_uses(graph, {after: outer})
-
-
-def _rename_uses(graph: onnx.GraphProto, table: Mapping[str, str], deep: bool = True) -> None:
+        rename(inner, table)
     for node in graph.node:
         node.input[:] = [table.get(name, name) for name in node.input]
     for output in graph.output:
         output.name = table.get(output.name, output.name)
-    if deep:
-        for inner in _subgraphs(graph):
-            _rename_uses(inner, table)
 
 
 def _subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

@@ -33,7 +33,7 @@ class Exported:
             scale.
         sparsity: share of zeros over the weights that are pruned, as it is in the module.
         zeros: number of these zeros.
-        absent: pruned weights the file does not hold: the model does not use them when it is evaluated.
+        absent: pruned weights the file does not hold: not used in evaluation, or folded into something smaller.
     """
 
     path: Path
