@@ -198,6 +198,28 @@ def test_an_ordinary_file_pruned_elsewhere(names, tmp_path):
     assert all((values[n] == 0).mean() == pytest.approx(0.5, abs=0.01) for n in dense)
 
 
+def test_of_a_folded_weight_that_was_trained_on_only_zeros_come_back():
+    model = chain((8, 8, 3), L.Conv2D(8, 3, use_bias=False), L.BatchNormalization(), L.ReLU(), L.Flatten(), L.Dense(3))
+    rng = np.random.default_rng(0)
+    for name in ("gamma", "moving_variance"):
+        variable = next(v for v in model.weights if v.name == name)
+        variable.assign(rng.uniform(0.5, 2, 8))
+    file = ordinary(model)
+    for tensor in file.graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        if values.dtype == np.float32 and values.ndim > 1:
+            moved = (values * rng.uniform(0.9, 1.1, values.shape)).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(moved, tensor.name))
+    kernel, dense = (layer.kernel.numpy() for layer in model.layers if hasattr(layer, "kernel"))
+    pruner = reimport(model, onnxprune.prune(file, [{"sparsity": 0.5}]).to_proto())
+    mask = pruner.masks["conv2d/kernel"]
+    assert (~mask).mean() == 0.5
+    assert np.array_equal(model.layers[1].kernel.numpy(), np.where(mask, kernel, 0))
+    taken, mask = model.layers[-1].kernel.numpy(), pruner.masks["dense/kernel"]
+    assert np.isclose(taken, dense, rtol=0.11)[mask].all()
+    assert (taken != dense)[mask].all()
+
+
 def test_a_file_of_another_model_is_refused():
     model, other = chain((5,), L.Dense(4), L.Dense(3)), chain((5,), L.Dense(7), L.Dense(3))
     proto = onnxprune.prune(ordinary(other), [{"sparsity": 0.5}]).to_proto()

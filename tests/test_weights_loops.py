@@ -1,4 +1,4 @@
-"""Weights that reach their operand as an unchanged state of a loop, or through a slice whose bounds are a fixed shape's."""
+"""Weights that reach their operand as an unchanged state of a loop, or through a slice bounded by a fixed shape."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ main (float[2, 3] x, float[4, 2, 3] s) => (float[2, 3] y)
 SHAPE = """
 <ir_version: 10, opset_import: ["": 20]>
 main (float[2, 3] x, float[2] rows) => (float[2, 3] y)
-<float[3, 3] w = {9, 2, 8, 3, 7, 4, 6, 5, 1}, float[1, 3] u = {1, 1, 1}, int64[1] zero = {0}, int64[1] axis = {0}, int64[1] three = {3}>
+<float[3, 3] w = {9, 2, 8, 3, 7, 4, 6, 5, 1}, float[1, 3] u = {1, 1, 1},
+ int64[1] zero = {0}, int64[1] axis = {0}, int64[1] three = {3}>
 {
     two = Shape (rows)
     upper = Slice (w, zero, two, axis)
