@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 from keras_nets import NETS, SLOW_NETS, Blocks, chain, scramble
-from onnxprune.converters.tensorflow import LevelPruner, bind
+from onnxprune.converters.tensorflow import AGPPruner, LevelPruner, SensitivityPruner, bind
 from onnxprune.converters.tensorflow.layers import layer_weights
 
 import onnxprune
@@ -97,6 +97,28 @@ def test_convlstm_is_left_to_the_graph():
 def test_convlstm_by_its_graph():
     model = scramble(chain((3, 5, 5, 2), L.ConvLSTM2D(2, 3)))
     check_like_file(model, EVERYTHING, np.zeros((1, 3, 5, 5, 2), np.float32), mapped=False)
+
+
+def test_tied_embeddings_are_left_to_the_graph():
+    table, x = L.ReversibleEmbedding(9, 4), keras.Input((3,), dtype="int32")
+    model = scramble(keras.Model(x, table(L.Dense(4)(table(x)), reverse=True)))
+    pruner = LevelPruner([{"sparsity": 0.5}])(model)
+    assert [s.name for s in pruner.skipped] == ["reversible_embedding/embeddings"]
+    pruner.remove()
+    check_like_file(scramble(model), [{"sparsity": 0.5}], np.zeros((1, 3), np.int32), mapped=False)
+    assert (
+        "reversible_embedding/embeddings" in LevelPruner([{"sparsity": 0.5}])(model, np.zeros((1, 3), np.int32)).masks
+    )
+
+
+def test_other_pruners_are_the_files():
+    model = scramble(chain((8,), L.Dense(16), L.Dense(4)))
+    for kind, entry in ((SensitivityPruner, {"quality": 0.8}), (AGPPruner, {"final_sparsity": 0.7})):
+        result = kind([entry]).prune(bind(model).pull())
+        pruner = kind([entry])(model)
+        pruner.update_epoch(5)
+        assert pruner.masks == result.masks
+        pruner.remove()
 
 
 NAMED = {

@@ -315,6 +315,7 @@ def test_an_embedding_is_masked_when_named() -> None:
 
 
 def test_a_weight_read_outside_an_old_loop_is_masked_inside() -> None:
+    second = v1.control_flow_v2_enabled()
     v1.disable_control_flow_v2()
     try:
         with tf.Graph().as_default() as graph:
@@ -326,7 +327,8 @@ def test_a_weight_read_outside_an_old_loop_is_masked_inside() -> None:
         pruner = LevelPruner(HALF)
         pruner(graph)
     finally:
-        v1.enable_control_flow_v2()
+        if second:
+            v1.enable_control_flow_v2()
     with session(graph) as sess:
         sess.run(init)
         dense, fed = sess.run(w), np.ones((2, 6), "f4")

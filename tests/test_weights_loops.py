@@ -74,8 +74,13 @@ def test_a_state_that_a_loop_changes_is_none(text):
         prune(model, [{"sparsity": 0.4}])
 
 
-def test_bounds_that_are_a_fixed_shape():
-    result = prune(onnx.parser.parse_model(SHAPE), [{"sparsity": 0.4}])
+@pytest.mark.parametrize(
+    ("rows", "asked"),
+    [("float[2]", "Shape"), ("float[N, 2]", "Shape <start = 1>"), ("float[2, N]", "Shape <end = -1>")],
+)
+def test_bounds_that_are_a_fixed_shape(rows, asked):
+    text = SHAPE.replace("float[2] rows", f"{rows} rows").replace("Shape", asked)
+    result = prune(onnx.parser.parse_model(text), [{"sparsity": 0.4}])
     assert np.array_equal(result.masks["w"], np.array([[1, 0, 1], [0, 1, 1], [1, 1, 0]], bool))
 
 

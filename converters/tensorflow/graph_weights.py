@@ -386,26 +386,33 @@ class _Search:
 def _variables_behind(graph: Any) -> dict[str, frozenset[str] | None]:
     """For every op the variables its outputs are computed from; None where data, chance or state enter."""
     behind: dict[str, frozenset[str] | None] = {}
-    nothing: frozenset[str] = frozenset()
-    for op in graph.get_operations():
-        if op.type in HANDLES | REFS:
-            behind[op.name] = frozenset({op.name})
-        elif op.type == "Const":
-            behind[op.name] = nothing
-        elif (
-            not op.inputs
-            or (op.op_def.is_stateful and op.type not in {"ReadVariableOp", "ResourceGather"})
-            or _writes(op)
-        ):
-            behind[op.name] = None
-        else:
-            sources = op.inputs[:1] if op.type == "Switch" else op.inputs
-            sets = [behind.get(tensor.op.name) for tensor in sources]
+    for last in graph.get_operations():
+        waiting = [last]
+        while waiting:  # inputs first: ops of loops and branches are not made in that order
+            op = waiting[-1]
+            sources = _sources(op)
+            missing = [t.op for t in sources or () if t.op.name not in behind]
+            if missing and op.name not in behind:
+                waiting += missing
+                continue
+            waiting.pop()
+            sets = [behind[t.op.name] for t in sources or ()]
             known = [s for s in sets if s is not None]
-            behind[op.name] = (
-                None if len(known) < len(sets) else known[0].union(*known[1:]) if len(known) > 1 else known[0]
-            )
+            own = {op.name} if op.type in HANDLES | REFS else ()
+            behind[op.name] = None if sources is None or len(known) < len(sets) else frozenset(own).union(*known)
     return behind
+
+
+def _sources(op: Any) -> list[Any] | None:
+    """The tensors that an op's outputs are computed from; None where something enters that no tensor tells of."""
+    if op.type in HANDLES | REFS | {"Const"}:
+        return []
+    if op.type == "Switch":
+        return list(op.inputs[:1])
+    stateful = op.op_def.is_stateful and op.type not in {"ReadVariableOp", "ResourceGather"}
+    if not op.inputs or stateful or _writes(op) or op.type in {"Merge", "NextIteration"}:  # every loop goes through one
+        return None
+    return list(op.inputs)
 
 
 def _writes(op: Any) -> bool:

@@ -199,6 +199,8 @@ def _reason(layer: Any, variable: Any, rule: Rule | None) -> str:
         )
     if type(layer).__name__ == "ConvLSTMCell":
         return "only the exported graph knows the order of its gates; call the pruner with example inputs"
+    if variable.name == "embeddings" and getattr(layer, "tie_weights", False):
+        return "it may be read in reverse as well, which its graph knows; call the pruner with example inputs"
     return _obstacle(layer, variable)
 
 

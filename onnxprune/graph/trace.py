@@ -463,13 +463,14 @@ def _unchanged_state(value: ir.Value, loop: ir.Node) -> ir.Value | None:
 
 
 def _static_shape(node: ir.Node) -> np.ndarray | None:
-    """What a Shape node returns where its input's shape is fixed."""
+    """What a Shape node returns where the dimensions it asks for are fixed."""
     value = node.inputs[0] if node.inputs else None
-    if node.op_type != "Shape" or value is None or value.shape is None or not value.shape.is_static():
+    if node.op_type != "Shape" or value is None or value.shape is None:
         return None
     start = node.attributes["start"].as_int() if "start" in node.attributes else 0
     end = node.attributes["end"].as_int() if "end" in node.attributes else None
-    return np.array(value.shape.numpy()[start:end], np.int64)
+    dims = value.shape.dims[start:end]
+    return np.array(dims, np.int64) if all(isinstance(dim, int) for dim in dims) else None
 
 
 def _constant_inputs(value: ir.Value) -> bool | list[ir.Value]:
