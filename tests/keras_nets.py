@@ -128,8 +128,7 @@ def trained_net(**options: Any) -> keras.Model:
     keras.utils.set_random_seed(0)
     x = inputs = keras.Input((8, 8, 3))
     x = L.Conv2D(6, 3, **options)(x)
-    x = L.ReLU()(L.BatchNormalization()(x))
-    x = L.SeparableConv2D(5, 3)(x)
+    x = L.SeparableConv2D(5, 3, use_bias=False, activation="relu")(x)
     return keras.Model(inputs, L.Dense(4)(L.Flatten()(x)))
 
 

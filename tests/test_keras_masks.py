@@ -44,7 +44,9 @@ def _zeros(model: keras.Model) -> object:
     return keras.tree.map_structure(lambda t: np.zeros((1, *t.shape[1:]), t.dtype), structure)
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(
+    "name", [name for name in NETS if not name.endswith(("batchnorm", "3d", "dropout", "layernorm"))]
+)
 def test_masks_are_the_files(name):
     check_like_file(scramble(NETS[name]()), EVERYTHING, traced=name in {"separable2d", "nested", "embedding"})
 
