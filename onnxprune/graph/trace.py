@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from onnxprune.errors import PruneError
 from onnxprune.graph import expression as ex
+from onnxprune.graph.loops import bodies, unchanged_state
 from onnxprune.graph.roles import CONTRIB, Role
 
 NONDETERMINISTIC = {"RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout"}
@@ -80,7 +81,7 @@ class Tracer:
         self.model = model
         self._constant: dict[tuple[int, Scope], bool] = {}
         self._scopes: dict[tuple[int, Scope], Scope] = {}
-        self._bodies = dict(_bodies(model))
+        self._bodies = dict(bodies(model))
 
     def nodes(self) -> Iterator[tuple[ir.Node, Scope]]:
         """Every node in order, those of sub-graphs and of called functions included, with the calls that lead to it."""
@@ -418,7 +419,7 @@ class Tracer:
                 value, scope = inside.function.outputs[int(value.index() or 0)], inside
                 continue
             if value.is_graph_input() and id(value.graph) in self._bodies:
-                given = _unchanged_state(value, self._bodies[id(value.graph)])
+                given = unchanged_state(value, self._bodies[id(value.graph)])
                 if given is None:
                     return value, scope
                 value = given
@@ -432,34 +433,6 @@ class Tracer:
                 return None
             value, scope = scope.call.inputs[formal], scope.parent
         return None
-
-
-def _bodies(model: ir.Model) -> Iterator[tuple[int, ir.Node]]:
-    """Each loop's body, by identity, with the loop."""
-    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
-    for graph in graphs:
-        for node in graph.all_nodes():
-            if node.op_type in {"Loop", "Scan"} and node.domain in ("", "ai.onnx") and "body" in node.attributes:
-                yield id(node.attributes["body"].as_graph()), node
-
-
-def _unchanged_state(value: ir.Value, loop: ir.Node) -> ir.Value | None:
-    """What a loop was given for a state that its body hands on as it is; None for any other input of the body."""
-    body = loop.attributes["body"].as_graph()
-    index = next(i for i, v in enumerate(body.inputs) if v is value)
-    if loop.op_type == "Loop":  # body: iteration, condition, states -> condition, states, scans
-        place = index - 1
-        state = index >= 2
-    else:
-        place = index
-        state = index < len(body.inputs) - loop.attributes["num_scan_inputs"].as_int()
-    if not state or place >= len(body.outputs) or index >= len(loop.inputs):
-        return None
-    end: ir.Value | None = body.outputs[place]
-    while end is not None and end is not value:
-        node = end.producer()
-        end = node.inputs[0] if node is not None and node.op_type == "Identity" else None
-    return loop.inputs[index] if end is value else None
 
 
 def _static_shape(node: ir.Node) -> np.ndarray | None:
