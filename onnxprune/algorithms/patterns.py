@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -50,6 +50,7 @@ class Pattern:
         entries: (units removed, shape in role order) to the entries removed.
         misfit: the reason why a weight of some shape in role order cannot have the pattern; empty where it can.
         most: the largest sparsity the pattern allows.
+        coupled: whether its units reach over several weights, so that the structure of the graph decides about them.
     """
 
     name: str
@@ -57,16 +58,17 @@ class Pattern:
     entries: Callable[[np.ndarray, Shape], np.ndarray]
     misfit: Callable[[Shape], str]
     most: float = 1.0
+    coupled: bool = False
 
 
 def parse(text: str) -> Pattern:
-    """The pattern of a configuration's spelling: 'unstructured', 'N:M', 'block:RxC'.
+    """The pattern of a configuration's spelling: 'unstructured', 'channel', 'head', 'N:M', 'block:RxC'.
 
     Raises:
         PruneError: no such pattern.
     """
-    if text == "unstructured":
-        return UNSTRUCTURED
+    if text in PLAIN:
+        return PLAIN[text]
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         n, m = int(match[1]), int(match[2])
         if 0 < n < m:
@@ -76,7 +78,7 @@ def parse(text: str) -> Pattern:
         if rows and columns:
             return block(rows, columns)
     raise PruneError(
-        f"pattern '{text}' is not known; expected 'unstructured', 'N:M' with 0 < N < M such as '2:4' "
+        f"pattern '{text}' is not known; expected 'unstructured', 'channel', 'head', 'N:M' with 0 < N < M such as '2:4' "
         "(N of every M inputs stay), or 'block:RxC' such as 'block:4x1' (R outputs by C inputs)"
     )
 
@@ -88,6 +90,14 @@ UNSTRUCTURED = Pattern(
     lambda shape: "",
 )
 """Every entry on its own."""
+
+CHANNEL = replace(UNSTRUCTURED, name="channel", coupled=True)
+"""Whole channels of the graph: outputs of weights, with everything that goes along (see `onnxprune.structure`)."""
+
+HEAD = replace(UNSTRUCTURED, name="head", coupled=True)
+"""Whole attention heads."""
+
+PLAIN = {pattern.name: pattern for pattern in (UNSTRUCTURED, CHANNEL, HEAD)}
 
 
 def n_of_m(n: int, m: int) -> Pattern:

@@ -10,6 +10,7 @@ import numpy as np
 from onnxprune.algorithms import patterns, scores
 from onnxprune.algorithms.allocate import ALLOCATIONS, below
 from onnxprune.algorithms.schedules import cubic
+from onnxprune.algorithms.select import booleans
 from onnxprune.config import AGPEntry, Config, Entry, SensitivityEntry
 from onnxprune.errors import PruneError
 from onnxprune.graph.weights import Skipped, Weight, check_finite
@@ -40,8 +41,8 @@ def decide(
         factors: for the sensitivity pruner, each weight's measured factor in (0, 1]; 1 where it has none.
 
     Returns:
-        Weight name -> boolean array of the stored shape, True is kept, for each governed weight in the order given;
-        and the weights whose pattern cannot be had.
+        Weight name -> boolean array of the stored shape, True is kept, for each governed weight in the order given
+        (patterns that couple weights are left to `structure.channels`); and the weights whose pattern cannot be had.
 
     Raises:
         PruneError: an entry matches nothing; a weight is not finite; a held mask does not fit.
@@ -53,6 +54,8 @@ def decide(
     for index, chosen in config.assign(weights):
         entry = config.entries[index]
         pattern = patterns.parse(entry.pattern)
+        if pattern.coupled:
+            continue
         fitting = []
         for weight in chosen:
             reason = pattern.misfit(weight.role_shape)
@@ -89,12 +92,13 @@ def _decide_entry(
     if isinstance(entry, SensitivityEntry) and entry.quality is not None:
         allocation, share = below(entry.quality), 0.0
     units = []
+    earlier = _held(weights, held)
     for weight in weights:
         values = weight.values()
         check_finite(weight, values)
         relative = isinstance(entry, SensitivityEntry)
         score = scores.relative(factors.get(weight.name, 1.0)) if relative else scores.SCORES[entry.score]
-        units.append(pattern.units(score(values), _held(weight, held)))
+        units.append(pattern.units(score(values), earlier.get(weight.name)))
     if share is None:  # before the first update, what was pruned earlier stays pruned
         removed = [np.zeros(u.scores.shape, np.bool_) if u.held is None else u.held for u in units]
     else:
@@ -106,13 +110,17 @@ def _decide_entry(
     return kept
 
 
-def _held(weight: Weight, held: Mapping[str, np.ndarray]) -> np.ndarray | None:
-    if weight.name not in held:
-        return None
-    mask = held[weight.name]
-    if mask.shape != weight.shape:
-        raise PruneError(
-            f"the mask held for weight '{weight.name}' has the shape {list(mask.shape)}, the weight "
-            f"{list(weight.shape)}: it belongs to another model; use a new pruner"
-        )
-    return ~weight.role(mask)
+def _held(weights: Iterable[Weight], held: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What masks of earlier (True is kept) removed of the weights that have one, in role order."""
+    kept = {}
+    for weight in weights:
+        if weight.name in held:
+            mask = held[weight.name]
+            if mask.shape != weight.shape:
+                raise PruneError(
+                    f"the mask held for weight '{weight.name}' has the shape {list(mask.shape)}, the weight "
+                    f"{list(weight.shape)}: it belongs to another model; use a new pruner"
+                )
+            kept[weight.name] = weight.role(mask)
+    gone = zip(kept.items(), booleans(kept.values()), strict=True)
+    return {name: np.logical_not(mask, out=out) for (name, mask), out in gone}

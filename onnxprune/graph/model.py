@@ -78,6 +78,15 @@ class Model:
             array = tensor.numpy()
         return array if array.flags.c_contiguous else np.ascontiguousarray(array)
 
+    def current(self, tensor: ir.TensorProtocol) -> np.ndarray:
+        """A tensor's stored array, edits applied."""
+        array = self.read(tensor)
+        if isinstance(tensor, ir.ExternalTensor):
+            place = Place(os.fspath(tensor.location), tensor.offset or 0, tensor.name or "")
+            if place in self.edits:
+                return self.edits[place][1](array)
+        return array
+
     def content(self, tensor: TensorProto) -> bytes:
         """The bytes of an external tensor of `proto`, edits not applied."""
         location = valid.external(tensor)
@@ -257,7 +266,7 @@ def load(source: ModelSource) -> Model:
         valid.check_depth(source)
         proto = onnx.ModelProto()
         proto.CopyFrom(source)
-        return _open(proto, None, None)
+        return open_proto(proto, None, None)
     if isinstance(source, ir.Model):
         folders = {os.fspath(t.base_dir) for t in _ir_external(source)}
         folders = folders - {""} or folders  # onnx-ir forgets the folder of tensors in functions
@@ -269,7 +278,7 @@ def load(source: ModelSource) -> Model:
             proto = ir.to_proto(source)
         except Exception as error:  # onnx-ir raises many kinds
             raise PruneError(f"the onnx_ir.Model cannot be serialised: {_reason(error)}") from error
-        return _open(proto, Path(folders.pop()).absolute() if folders else None, None)
+        return open_proto(proto, Path(folders.pop()).absolute() if folders else None, None)
     if not isinstance(source, (str, os.PathLike)):
         raise PruneError(
             f"a model is a path, an onnx.ModelProto or an onnx_ir.Model, not {type(source).__name__}; "
@@ -281,7 +290,7 @@ def load(source: ModelSource) -> Model:
         raise PruneError(
             f"'{path}' is not an ONNX model, or is truncated: it parses, but holds no graph and operator set; {_AGAIN}"
         )
-    return _open(proto, path.absolute().parent, path)
+    return open_proto(proto, path.absolute().parent, path)
 
 
 _AGAIN = "give the path of an .onnx file, or export it again"
@@ -309,7 +318,12 @@ def _parse(path: Path) -> onnx.ModelProto:
     return proto
 
 
-def _open(proto: onnx.ModelProto, folder: Path | None, path: Path | None) -> Model:
+def open_proto(proto: onnx.ModelProto, folder: Path | None, path: Path | None) -> Model:
+    """Take over a protobuf as a Model: checked, sparse initializers made dense, external data found in `folder`.
+
+    Raises:
+        PruneError: as for `load`.
+    """
     what = "the model" if path is None else f"'{path}'"
     try:
         for tensor in tensors(proto):

@@ -1,0 +1,1 @@
+"""What must live or die together in a graph, and how to cut it out."""
