@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from onnxprune.runtime.evaluate import Evaluation
     from onnxprune.runtime.feeds import Dataset
     from onnxprune.runtime.session import Session
+    from onnxprune.structure.channels import GroupRow
+    from onnxprune.structure.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What was done: one row per weight that was pruned, and the weights left alone with the reasons."""
+    """What was done.
+
+    Attributes:
+        rows: one per weight that was pruned.
+        skipped: the weights left alone, with reasons.
+        groups: one per group of channels, where channels or heads were pruned.
+        difference: of the shrunk model from the masked one, as a share of the outputs' scale; None where not checked.
+    """
 
     rows: tuple[Row, ...]
     skipped: tuple[Skipped, ...]
+    groups: tuple[GroupRow, ...] = ()
+    difference: float | None = None
 
     @property
     def size(self) -> int:
@@ -71,7 +82,8 @@ class Report:
         """For JSON."""
         rows = [{**asdict(row), "shape": list(row.shape), "sparsity": row.sparsity} for row in self.rows]
         total = {"size": self.size, "zeros": self.zeros, "sparsity": self.sparsity}
-        return {"weights": rows, "skipped": [asdict(s) for s in self.skipped], **total}
+        channels = {"groups": [asdict(group) for group in self.groups], "difference": self.difference}
+        return {"weights": rows, "skipped": [asdict(s) for s in self.skipped], **total, **channels}
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,7 +232,10 @@ def prune(
         step: the same for optimizer steps.
         options: `max_drop` (write nothing where the metric falls by more or, without labels, agreement with the dense
             model is lower than 1 - max_drop), `metric` (a callable or 'module:function'),
-            `sparse` (store as sparse_initializer what that makes smaller), `force` (allow output over the input),
+            `keep_shape` (zero channels in place where the pattern is 'channel' or 'head', instead of cutting them
+            out), `verify` (False: do not hold the cut model against the zeroed one in onnxruntime), `align` (channel
+            counts are rounded to multiples of it; what suits the machine unless given), `shapes` (sizes of inputs with
+            open dims), `sparse` (store as sparse_initializer what that makes smaller), `force` (allow output over the input),
             `threads` (of onnxruntime).
 
     Returns:
@@ -252,6 +267,10 @@ def run(
     sparse: bool = False,
     force: bool = False,
     threads: int | None = None,
+    keep_shape: bool = False,
+    verify: bool = True,
+    align: int | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> Result:
     """Prune with a validated configuration: decide, edit, evaluate, gate, write. See `prune`."""
     if max_drop is not None and data is None:
@@ -262,19 +281,34 @@ def run(
     target = None if output is None else Path(output)
     if target is not None:
         _check_target(model, target, force)
-    weights, untouched = find(model)
+    plan = None
+    if config.coupled:
+        plan = _plan(model, shapes)
+        model = plan.coupling.model
+    weights, untouched = find(model) if plan is None else (list(plan.coupling.weights), list(plan.coupling.skipped))
     trial = None if data is None else _Trial.of(source, data, metric, threads)
     factors = None
     if trial is not None and config.pruner == "sensitivity":
         factors = trial.factors([w.name for _, chosen in config.assign(weights) for w in chosen])
     kept, misfits = decide(config, weights, clock, held, factors)
+    if plan is not None:
+        along, pinned = plan.decide(config, clock, held, align)
+        kept |= {name: kept[name] & mask if name in kept else mask for name, mask in along.items()}
+        misfits += pinned
     governed = [w for w in weights if w.name in kept]
     told = {*kept, *(s.name for s in misfits)}
     others = [Skipped(w.name, w.op_type, "the configuration leaves it out") for w in weights if w.name not in told]
-    report = Report(tuple(row(w, kept[w.name]) for w in governed), (*misfits, *others, *untouched))
+    rows = tuple(row(w, kept[w.name]) for w in governed)
+    report = Report(rows, (*misfits, *others, *untouched), () if plan is None else plan.groups)
     masks = Masks(kept)
-    for weight in governed:
-        edit(model, weight, masks)
+    if plan is not None:
+        plan.zero(kept)
+        if not keep_shape:
+            model = plan.cut()
+            report = replace(report, difference=plan.check(model) if verify else None)
+    else:
+        for weight in governed:
+            edit(model, weight, masks)
     note(model, config, report, clock)
     if trial is None and target is None:
         return Result(model, masks, report)
@@ -283,6 +317,12 @@ def run(
         accepted = max_drop is None or trial is None or trial.loss(evaluation) <= max_drop
         path = staged.commit() if target is not None and accepted else None
     return Result(model, masks, report, evaluation, path, accepted)
+
+
+def _plan(model: Model, shapes: Mapping[str, Sequence[int]] | None) -> Plan:
+    from onnxprune.structure.plan import Plan  # scipy takes a while to import
+
+    return Plan.of(model, shapes)
 
 
 @dataclass(frozen=True, eq=False)

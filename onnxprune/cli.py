@@ -92,7 +92,8 @@ def prune(
         str | None, typer.Option(metavar="NAME", help="What makes an entry matter; magnitude unless given.")
     ] = None,
     pattern: Annotated[
-        str | None, typer.Option(metavar="P", help="unstructured (unless given), N:M such as 2:4, block:RxC.")
+        str | None,
+        typer.Option(metavar="P", help="unstructured (unless given), N:M such as 2:4, block:RxC, channel, head."),
     ] = None,
     allocation: Annotated[
         str | None, typer.Option(metavar="uniform|global|erk", help="How much goes from each weight.")
@@ -115,6 +116,15 @@ def prune(
     max_drop: Annotated[
         float | None, typer.Option(metavar="X", help="If accuracy falls by more, write nothing and exit with 1.")
     ] = None,
+    keep_shape: Annotated[
+        bool, typer.Option("--keep-shape", help="Zero channels and heads in place instead of cutting them out.")
+    ] = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not hold the cut model against the zeroed one.")
+    ] = False,
+    align: Annotated[
+        str, typer.Option(metavar="auto|N", help="Round channel counts to a multiple of what kernels take at once.")
+    ] = "auto",
     sparse: Annotated[
         bool, typer.Option("--sparse", help="Store as sparse_initializer what that makes smaller.")
     ] = False,
@@ -140,6 +150,7 @@ def prune(
             model, chosen, output, data,
             pruner=pruner, score=score, pattern=pattern, allocation=allocation, epoch=epoch,
             max_drop=max_drop, metric=metric, sparse=sparse, force=force, threads=threads,
+            keep_shape=keep_shape, verify=not no_verify, align=_align(align), shapes=shapes,
         )  # fmt: skip
         if masks is not None and result.accepted:
             result.masks.save(masks)
@@ -151,8 +162,9 @@ def prune(
         from onnxprune import tables
 
         _show(tables.pruned(result.report))
+        _show(tables.channels(result.report))
         _show(tables.compared(sizes, result.evaluation, latency))
-        _show(tables.verdict(result.sparsity, latency, result.path))
+        _show(tables.verdict(result.sparsity, latency, result.path, cut=bool(result.report.groups) and not keep_shape))
     if not result.accepted:
         _say(_gate(result, max_drop))
         raise typer.Exit(GATE_NOT_MET)
@@ -172,6 +184,22 @@ def inspect(model: Model, shape: Shapes = None, as_json: Json = False) -> None:
         from onnxprune import tables
 
         _show(tables.inspected(found))
+
+
+@app.command(short_help="Show the groups of channels, and what pins the others.")
+def explain(model: Model, shape: Shapes = None, as_json: Json = False) -> None:
+    """Show what lives or dies together in a model: groups of channels and heads, their members, and what pins the others."""
+    with _results_only():
+        from onnxprune import structure
+        from onnxprune.runtime.feeds import parse_shapes
+
+        found = structure.explain(model, parse_shapes(shape or []))
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        from onnxprune import tables
+
+        _show(tables.explained(found))
 
 
 @app.command(short_help="Measure accuracy, or agreement with a baseline.")
@@ -285,6 +313,14 @@ def _config(
     return [entry, *({"op_names": [name], "exclude": True} for name in exclude or ())]
 
 
+def _align(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise PruneError(f"--align is '{text}'; expected auto or a number of channels such as 8")
+    return int(text)
+
+
 def _check_masks(masks: Path, output: Path, model: str) -> None:
     """What would make the masks fail to be written is found out before the model is."""
     if not masks.parent.is_dir() or masks.is_dir():
@@ -306,12 +342,14 @@ def _latency(path: Path, model: str, shapes: dict[str, tuple[int, ...]], threads
 
 
 def _sizes(dense: Inspection, result: Result) -> Sizes:
-    from onnxprune.inspection import stored_bytes
+    from onnxprune.inspection import inspect, stored_bytes
     from onnxprune.tables import Sizes
 
     rows = result.report.rows
     nonzero = dense.nonzero - sum(row.zeros - row.zeros_before for row in rows)
     after = None if result.path is None else stored_bytes(result.path)
+    if result.report.groups and result.path is not None:  # biases and norms went too
+        nonzero = inspect(result.path).nonzero
     return Sizes(dense.parameters, dense.nonzero, nonzero, dense.file_bytes or 0, after)
 
 

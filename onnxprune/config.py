@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from onnxprune.algorithms.allocate import ALLOCATIONS
 from onnxprune.algorithms.patterns import parse as parse_pattern
-from onnxprune.algorithms.scores import SCORES
+from onnxprune.algorithms.scores import BN_SCALE, CHANNEL_SCORES, SCORES
 from onnxprune.errors import PruneError
 from onnxprune.graph.roles import DEFAULT_TYPES
 
@@ -67,10 +67,16 @@ class Entry(BaseModel):
     def _one_is_a_list(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
-    @field_validator("score")
-    @classmethod
-    def _score_exists(cls, value: str) -> str:
-        return _one_of(value, SCORES)
+    @model_validator(mode="after")
+    def _score_exists(self) -> Entry:
+        coupled = parse_pattern(self.pattern).coupled
+        known = {*CHANNEL_SCORES, BN_SCALE} if coupled else set(SCORES)
+        if self.score not in known:
+            wide = "" if coupled or self.score not in {*CHANNEL_SCORES, BN_SCALE} else " (that one scores channels)"
+            raise ValueError(
+                f"score '{self.score}' with pattern '{self.pattern}': expected one of {_names(known)}{wide}"
+            )
+        return self
 
     @field_validator("allocation")
     @classmethod
@@ -223,6 +229,11 @@ class Config(BaseModel):
     pruner: str
     entries: tuple[Entry, ...]
     source: list[dict[str, Any]]
+
+    @property
+    def coupled(self) -> bool:
+        """Whether any entry takes channels or heads, which the structure of the graph decides about."""
+        return any(parse_pattern(entry.pattern).coupled for entry in self.entries if not entry.exclude)
 
     def assign(self, weights: Iterable[Any]) -> list[tuple[int, list[Any]]]:
         """The weights each entry governs: the last entry that matches a weight wins, whole; exclude leaves it out.

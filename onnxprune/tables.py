@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from onnxprune.inspection import Inspection, Port, WeightInfo
     from onnxprune.runtime.benchmark import Benchmark, Latency
     from onnxprune.runtime.evaluate import Evaluation
+    from onnxprune.structure import Explanation, PinnedInfo
 
 UNKNOWN = "?"
 NOT_FASTER = (
     "Unstructured sparsity alone does not make onnxruntime faster: its kernels multiply zeros like any other number "
     "(those of N:M and block patterns too)."
 )
+CUT = "The channels were cut out of the graph: its tensors are smaller."
 LISTED = 6
 """Names that are listed for one reason; --json gives all."""
 
@@ -63,6 +65,48 @@ def pruned(report: Report) -> Iterator[RenderableType]:
     yield from left_alone(report.skipped)
 
 
+def channels(report: Report) -> Iterator[RenderableType]:
+    """What became of each group of channels, and how the cut model was checked; nothing where there are none."""
+    if not report.groups:
+        return
+    table = _table("channels of", right=("channels", "left", "share left"))
+    for group in report.groups:
+        what = f"{group.size:,}" if group.width == 1 else f"{group.size:,} of {group.width}"
+        table.add_row(_name(group.name), what, f"{group.kept:,}", percent(group.kept / group.size))
+    yield table
+    if report.difference is not None:
+        yield sentence(
+            f"Checked in onnxruntime: with the channels cut out, the outputs differ by {report.difference:.1g} of their "
+            "scale from those of the model with the same channels zeroed."
+        )
+
+
+def explained(explanation: Explanation) -> Iterator[RenderableType]:
+    """The groups of a model, and what pins the others."""
+    table = _table("channels of", right=("channels",), last="with them go")
+    for group in explanation.groups:
+        what = (
+            f"{group.size:,}"
+            if group.width == 1
+            else f"{group.size:,} {'heads' if group.heads else ''} of {group.width}"
+        )
+        others = [
+            f"{m.name} ({m.role} axis {m.axis})" for m in group.members if (m.name, m.role) != (group.name, "output")
+        ]
+        table.add_row(_name(group.name), what, _several(others))
+    yield table
+    if explanation.pinned:
+        pinned = _table("pinned", right=("outputs",), last="because")
+        reasons: dict[str, list[PinnedInfo]] = {}
+        for item in explanation.pinned:
+            reasons.setdefault(item.reason, []).append(item)
+        for reason, items in reasons.items():
+            sizes = sorted({item.outputs for item in items})
+            span = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,}-{sizes[-1]:,}"
+            pinned.add_row(_several([f"{item.name} ({item.op_type})" for item in items]), span, _name(reason))
+        yield pinned
+
+
 def compared(
     sizes: Sizes, evaluation: Evaluation | None, benchmark: Benchmark | str | None
 ) -> Iterator[RenderableType]:
@@ -93,13 +137,22 @@ def compared(
     yield from _notes((*(evaluation.notes if evaluation else ()), *_assumed(benchmark)))
 
 
-def verdict(sparsity: float, benchmark: Benchmark | str | None, written: Path | None) -> Iterator[RenderableType]:
-    """Sparsity is not speed: said plainly, with what was measured beside it. And where the result is."""
-    text = NOT_FASTER
+def verdict(
+    sparsity: float, benchmark: Benchmark | str | None, written: Path | None, *, cut: bool = False
+) -> Iterator[RenderableType]:
+    """Sparsity is not speed: said plainly, with what was measured beside it. And where the result is.
+
+    Args:
+        sparsity: share of zeros.
+        benchmark: latencies, or the reason why there are none.
+        written: the file.
+        cut: whether what was pruned is gone from the graph.
+    """
+    text = CUT if cut else NOT_FASTER
     if benchmark is not None and not isinstance(benchmark, str) and benchmark.baseline is not None:
         dense, now = _time(benchmark.baseline), _time(benchmark.latency)
         difference = _difference(benchmark).replace("not measurable", "no measurable difference")
-        text += f" Measured here: {percent(sparsity)} zeros, latency {now}, dense {dense}: {difference}."
+        text += f" Measured here: {percent(sparsity)} {'fewer weights' if cut else 'zeros'}, latency {now}, dense {dense}: {difference}."
     yield sentence(text)
     yield sentence("Nothing was written." if written is None else f"Written: {written}")
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from onnxprune.algorithms.patterns import Units
-from onnxprune.algorithms.select import MAX_THREADS, THREADED, lowest
+from onnxprune.algorithms.select import MAX_THREADS, THREADED, booleans, lowest
 
 Allocation = Callable[[Sequence[Units], float], list[np.ndarray]]
 
@@ -57,14 +57,15 @@ def erk(weights: Sequence[Units], sparsity: float) -> list[np.ndarray]:
 
 def _each(weights: Sequence[Units], budgets: Sequence[int]) -> list[np.ndarray]:
     """`take` from each weight on its own: small weights beside each other, a large one in parallel itself."""
+    work = list(zip(weights, budgets, booleans(units.scores for units in weights), strict=True))
     small = [units.scores.size < THREADED for units in weights]
     if sum(u.scores.size for u, s in zip(weights, small, strict=True) if s) < THREADED:
-        return [take([units], budget)[0] for units, budget in zip(weights, budgets, strict=True)]
+        return [take([units], budget, [out])[0] for units, budget, out in work]
     with ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS)) as pool:
-        running = [pool.submit(take, [u], b) if s else None for u, b, s in zip(weights, budgets, small, strict=True)]
+        running = [pool.submit(take, [u], b, [o]) if s else None for (u, b, o), s in zip(work, small, strict=True)]
         return [
-            take([units], budget)[0] if run is None else run.result()[0]
-            for units, budget, run in zip(weights, budgets, running, strict=True)
+            take([units], budget, [out])[0] if run is None else run.result()[0]
+            for (units, budget, out), run in zip(work, running, strict=True)
         ]
 
 
@@ -87,7 +88,7 @@ def below(quality: float) -> Allocation:
 ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform, "global": globally, "erk": erk}
 
 
-def take(weights: Sequence[Units], budget: int) -> list[np.ndarray]:
+def take(weights: Sequence[Units], budget: int, out: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
     """The units of smallest score, over all weights together, that fit a number of entries.
 
     Units of one size: exactly budget // size of them, ties by order. Units of several sizes are taken in order
@@ -96,6 +97,7 @@ def take(weights: Sequence[Units], budget: int) -> list[np.ndarray]:
     Args:
         weights: the units of each weight.
         budget: entries to remove at most; those of units held from earlier count.
+        out: memory that may be used for the result, as `select.booleans` makes it.
 
     Returns:
         For each weight a boolean array of its units' shape, True where removed.
@@ -103,7 +105,7 @@ def take(weights: Sequence[Units], budget: int) -> list[np.ndarray]:
     sizes = {int(u.sizes) for u in weights if isinstance(u.sizes, int)}
     if len(sizes) <= 1 and all(isinstance(u.sizes, int) for u in weights):
         size = sizes.pop() if sizes else 1
-        return lowest([u.scores for u in weights], budget // size, held=[u.held for u in weights])
+        return lowest([u.scores for u in weights], budget // size, held=[u.held for u in weights], out=out)
     scores = np.concatenate([np.abs(u.scores).reshape(-1).astype(np.float64) for u in weights])
     empty = [np.zeros(u.scores.shape, np.bool_) if u.held is None else u.held for u in weights]
     held = np.concatenate([e.reshape(-1) for e in empty])

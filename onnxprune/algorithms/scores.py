@@ -35,6 +35,36 @@ def relative(factor: float) -> Score:
 
 
 SCORES: dict[str, Score] = {"magnitude": magnitude}
+"""Scores of entries."""
+
+ChannelScore = Callable[[np.ndarray], np.ndarray]
+"""Takes a weight as (outputs, the rest), returns a score per output: the lowest goes first."""
+
+
+def l1(rows: np.ndarray) -> np.ndarray:
+    """Mean |w| of a filter (Li et al. 2017, "Pruning filters for efficient ConvNets", section 3.1)."""
+    return np.abs(rows).mean(1, dtype=np.float64)
+
+
+def l2(rows: np.ndarray) -> np.ndarray:
+    """Root mean square of a filter (He et al. 2018, "Soft filter pruning", section 3)."""
+    wide = rows.astype(np.float64)
+    return np.sqrt((wide * wide).mean(1))
+
+
+def fpgm(rows: np.ndarray) -> np.ndarray:
+    """Sum of distances to all other filters (He et al. 2019, "Filter pruning via geometric median", eq. 8)."""
+    wide = rows.astype(np.float64)
+    squares = (wide * wide).sum(1)
+    distances = np.sqrt(np.maximum(squares[:, None] + squares[None, :] - 2 * wide @ wide.T, 0))
+    return distances.sum(1) / math.sqrt(max(rows.shape[1], 1))
+
+
+BN_SCALE = "bn_scale"
+"""|scale| of the BatchNorm behind a channel (Liu et al. 2017, "Network slimming")."""
+
+CHANNEL_SCORES: dict[str, ChannelScore] = {"magnitude": l1, "l1": l1, "l2": l2, "fpgm": fpgm}
+"""Scores of the outputs of a weight, for patterns that take them whole; beside `BN_SCALE`."""
 
 
 def deviation(values: np.ndarray) -> float:

@@ -53,6 +53,7 @@ def lowest(
     *,
     held: Sequence[Array | None] | None = None,
     threads: int | None = None,
+    out: Sequence[Array] | None = None,
 ) -> list[Array]:
     """Select the `count` entries of smallest |score| over all arrays together.
 
@@ -66,6 +67,7 @@ def lowest(
         held: for each score array None or a bool array of its shape: entries selected whatever their score. They count
             towards `count`; where there are more of them, exactly they are selected.
         threads: how many threads to use on a large input; by default one per CPU, at most 8.
+        out: arrays for the result, as `booleans(scores)` makes them.
 
     Returns:
         For each score array a bool array of its shape and memory layout, True = selected: max(count, held) in total.
@@ -75,7 +77,7 @@ def lowest(
     """
     masks = [None] * len(scores) if held is None else list(held)
     _check(scores, count, masks, threads)
-    results = [np.empty_like(score, dtype=bool, subok=False) for score in scores]
+    results = booleans(scores) if out is None else list(out)
     need = count - sum(int(np.count_nonzero(mask)) for mask in masks if mask is not None)
     if need <= 0:
         for result, mask in zip(results, masks, strict=True):
@@ -90,6 +92,22 @@ def lowest(
         with ThreadPoolExecutor(workers) as pool:
             _select(parts, need, pool.map, ROOM * workers)
     return results
+
+
+def booleans(arrays: Iterable[Array]) -> list[Array]:
+    """Bool arrays of undefined values, of the shapes and memory layouts of others, in one piece of memory.
+
+    One large allocation is given in large pages; many of a few MB take longer to be touched than to be worked on.
+    """
+    arrays = list(arrays)
+    whole = np.empty(sum(array.size for array in arrays), np.bool_)
+    ends = np.cumsum([array.size for array in arrays])
+    pieces = []
+    for array, end in zip(arrays, ends.tolist(), strict=True):
+        axes = _memory_order(array)
+        piece = whole[end - array.size : end].reshape([array.shape[axis] for axis in axes])
+        pieces.append(piece.transpose(np.argsort(axes)) if axes else piece)
+    return pieces
 
 
 def zero(values: Array, removed: Array, out: Array) -> None:
@@ -149,27 +167,39 @@ class _Span:
     stop: int
 
     def chunks(self) -> Iterator[tuple[Array, Array | None, Array, int]]:
-        """Chunk by chunk the keys (in a reused buffer; all bits set where held), held, result and the first place."""
+        """Chunk by chunk the keys (in the thread's buffer), which of them are free, result and the first place."""
         part = self.part
         key = _KEYS[part.dtype]
-        all_bits, magnitude = key.type(np.iinfo(key).max), key.type(np.iinfo(key).max >> 1)
+        magnitude = key.type(np.iinfo(key).max >> 1)
         boolean = np.dtype(np.bool_)
         flags: Any = ["buffered", "external_loop", "ranged"]
         modes: Any = [["readonly"], ["readwrite"], ["readonly"]]
         arrays = [part.score, part.result] if part.held is None else [part.score, part.result, part.held]
         dtypes, modes = [part.dtype, boolean, boolean][: len(arrays)], modes[: len(arrays)]
         length = min(CHUNK // key.itemsize, self.stop - self.start)
-        buffer = np.empty(length, key)
+        buffer = _buffer("keys").view(key)
         place = part.first + self.start
         with np.nditer(arrays, flags, modes, dtypes, "C", "safe", buffersize=length) as chunks:
             chunks.iterrange = (self.start, self.stop)  # type: ignore[misc]  # numpy's stubs have it read-only
             for score, result, *held in chunks:
                 keys = np.bitwise_and(score.view(key), magnitude, out=buffer[: score.size])
-                mask = held[0] if held else None
-                if mask is not None:
-                    keys |= mask * all_bits
-                yield keys, mask, result, place
+                free = np.logical_not(held[0], out=_buffer("free")[: score.size]) if held else None
+                yield keys, free, result, place
                 place += score.size
+
+
+_THREAD = threading.local()
+
+
+def _buffer(name: str) -> Array:
+    """A thread's own buffer, kept: touching fresh memory costs more than the work on it.
+
+    "keys" has CHUNK bytes, the others a boolean for each of as many keys as that may be.
+    """
+    if not hasattr(_THREAD, name):
+        setattr(_THREAD, name, np.empty(CHUNK, np.uint8) if name == "keys" else np.empty(CHUNK // 2, np.bool_))
+    buffer: Array = getattr(_THREAD, name)
+    return buffer
 
 
 class _Bag:
@@ -177,7 +207,7 @@ class _Bag:
 
     def __init__(self, room: int, key: np.dtype[Any], total: int) -> None:
         place = np.dtype(np.uint32 if total < 2**32 else np.int64)
-        self.keys = np.empty(room // (key.itemsize + place.itemsize), key)
+        self.keys = np.empty(min(room // (key.itemsize + place.itemsize), total + 1), key)
         self.places = np.empty(self.keys.size, place)
         self.size = 0
         self.step = 1
@@ -194,6 +224,11 @@ class _Bag:
                 keys, places = keys[::2], places[::2]
             end = self.size + keys.size
             self.keys[self.size : end], self.places[self.size : end], self.size = keys, places, end
+
+
+def _memory_order(array: Array) -> tuple[int, ...]:
+    """The axes, that of the largest strides first."""
+    return tuple(np.argsort([-abs(stride) for stride in array.strides], kind="stable").tolist())
 
 
 def _kind(array: Array) -> str:
@@ -223,7 +258,9 @@ def _parts(scores: Sequence[Array], held: Sequence[Array | None], results: Seque
     parts = []
     first = 0
     for index, (score, mask, result) in enumerate(zip(scores, held, results, strict=True)):
-        axes = tuple(np.argsort([-abs(stride) for stride in score.strides], kind="stable").tolist())
+        if score.flags.c_contiguous and (mask is None or mask.flags.c_contiguous):  # one axis is the fastest to walk
+            score, result, mask = score.reshape(-1), result.reshape(-1), None if mask is None else mask.reshape(-1)
+        axes = _memory_order(score)
         score, result = np.atleast_1d(score.transpose(axes), result.transpose(axes))
         mask = None if mask is None else np.atleast_1d(mask.transpose(axes))
         parts.append(_Part(index, first, axes, score, mask, result, dtype))
@@ -318,9 +355,13 @@ def _tally(span: _Span, left: int, right: int, infinity: int, bag: _Bag) -> tupl
     Returns how many keys are less than left, right and infinity.
     """
     below = inside = finite = 0
-    for keys, mask, result, place in span.chunks():
-        below += np.count_nonzero(np.less(keys, left, out=result))
-        within = keys < right
+    for keys, free, result, place in span.chunks():
+        np.less(keys, left, out=result)
+        within = np.less(keys, right, out=_buffer("within")[: keys.size])
+        if free is not None:
+            result &= free
+            within &= free
+        below += np.count_nonzero(result)
         within ^= result
         if right - left > 1:
             at = _where(within)
@@ -328,13 +369,14 @@ def _tally(span: _Span, left: int, right: int, infinity: int, bag: _Bag) -> tupl
             bag.add(keys.take(at), at + place)
         else:
             inside += np.count_nonzero(within)
-        finite += keys.size
+        finite += keys.size if free is None else np.count_nonzero(free)
         if keys.max() >= infinity:
-            finite -= np.count_nonzero(keys >= infinity)
-            if np.count_nonzero(keys > infinity) > (0 if mask is None else np.count_nonzero(mask)):
+            ranked = keys if free is None else keys[free]
+            finite -= np.count_nonzero(ranked >= infinity)
+            if np.any(ranked > infinity):
                 raise PruneError(f"score array {span.part.index} holds a NaN, which has no rank; replace it")
-        if mask is not None:
-            result |= mask
+        if free is not None:
+            np.less_equal(free, result, out=result)
     return below, below + inside, finite
 
 
@@ -380,14 +422,20 @@ def _mark_crowd(parts: list[_Part], spans: list[_Span], key: int, quota: int, ru
 
 
 def _mark_equal(span: _Span, key: int) -> int:
-    return sum(int(np.count_nonzero(np.equal(keys, key, out=result))) for keys, _, result, _ in span.chunks())
+    count = 0
+    for keys, free, result, _ in span.chunks():
+        np.equal(keys, key, out=result)
+        if free is not None:
+            result &= free
+        count += int(np.count_nonzero(result))
+    return count
 
 
 def _add_below(span: _Span, key: int) -> None:
-    for keys, mask, result, _ in span.chunks():
+    for keys, free, result, _ in span.chunks():
         result |= keys < key
-        if mask is not None:
-            result |= mask
+        if free is not None:
+            np.less_equal(free, result, out=result)
 
 
 def _keep_first(marked: Array, quota: int, count: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,39 +13,13 @@ from onnxprune.algorithms import patterns
 from onnxprune.algorithms.allocate import ALLOCATIONS
 from onnxprune.algorithms.patterns import Units
 from onnxprune.algorithms.pruner import Clock, target
+from onnxprune.algorithms.scores import BN_SCALE, CHANNEL_SCORES
 from onnxprune.config import Config
 from onnxprune.graph.weights import Skipped, check_finite
 from onnxprune.structure.coupling import Coupling, Group
 
 LEAST = 0.1
 """Share of a group's channels that always stays (and one at least)."""
-
-ChannelScore = Callable[[np.ndarray], np.ndarray]
-"""Takes a weight as (outputs, the rest), returns a score per output: the lowest goes first."""
-
-
-def l1(rows: np.ndarray) -> np.ndarray:
-    """Mean |w| of a filter (Li et al. 2017, "Pruning filters for efficient ConvNets", section 3.1)."""
-    return np.abs(rows).mean(1, dtype=np.float64)
-
-
-def l2(rows: np.ndarray) -> np.ndarray:
-    """Root mean square of a filter (He et al. 2018, "Soft filter pruning", section 3)."""
-    wide = rows.astype(np.float64)
-    return np.sqrt((wide * wide).mean(1))
-
-
-def fpgm(rows: np.ndarray) -> np.ndarray:
-    """Sum of distances to all other filters (He et al. 2019, "Filter pruning via geometric median", eq. 8)."""
-    wide = rows.astype(np.float64)
-    squares = (wide * wide).sum(1)
-    distances = np.sqrt(np.maximum(squares[:, None] + squares[None, :] - 2 * wide @ wide.T, 0))
-    return distances.sum(1) / math.sqrt(max(rows.shape[1], 1))
-
-
-SCORES: dict[str, ChannelScore] = {"magnitude": l1, "l1": l1, "l2": l2, "fpgm": fpgm}
-BN_SCALE = "bn_scale"
-"""|scale| of the BatchNorm behind a channel (Liu et al. 2017, "Network slimming")."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +132,7 @@ def scores(coupling: Coupling, group: Group, score: str) -> np.ndarray:
         weight = coupling.by_name[member.name]
         values = weight.values()
         check_finite(weight, values)
-        per_output = SCORES[score](values.reshape(values.shape[0], -1))
+        per_output = CHANNEL_SCORES[score](values.reshape(values.shape[0], -1))
         places = _outputs(weight.role(_positions(weight.shape, member.axis)), weight.shape[member.axis])
         per_place = np.bincount(places, per_output, weight.shape[member.axis]) / np.maximum(
             np.bincount(places, minlength=weight.shape[member.axis]), 1
@@ -174,8 +148,7 @@ def units(coupling: Coupling, group: Group, score: str, held: np.ndarray | None)
     for member in group.producers:
         weight = coupling.by_name[member.name]
         entries += weight.size * int(member.places.shape[1]) // weight.shape[member.axis]
-    first = coupling.by_name[group.producers[0].name].role_shape
-    return Units(scores(coupling, group, score), entries, held, (group.size, *first[1:]) if entries else (group.size,))
+    return Units(scores(coupling, group, score), entries, held, (group.size, entries))
 
 
 def rounded(group: Group, removed: np.ndarray, score: np.ndarray, align: int, held: np.ndarray | None) -> np.ndarray:

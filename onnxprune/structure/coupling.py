@@ -14,7 +14,7 @@ from onnx import TensorProto, numpy_helper
 from onnxprune.errors import PruneError
 from onnxprune.graph.model import Model
 from onnxprune.graph.shapes import SMALL
-from onnxprune.graph.weights import Weight, find
+from onnxprune.graph.weights import Skipped, Weight, find
 from onnxprune.structure import facts as known
 from onnxprune.structure.cutting import Stuck, cut, keep
 from onnxprune.structure.flow import Flow, walk
@@ -93,6 +93,7 @@ class Coupling:
     Attributes:
         model: the model in the form that is cut (functions inlined, constants stored).
         weights: its weights in roles.
+        skipped: what is no weight, with reasons.
         flow: the labels.
         solution: their classes.
         groups: what can be pruned.
@@ -101,6 +102,7 @@ class Coupling:
 
     model: Model
     weights: tuple[Weight, ...]
+    skipped: tuple[Skipped, ...]
     flow: Flow
     solution: Solution
     groups: tuple[Group, ...]
@@ -124,7 +126,9 @@ class Coupling:
         return dead
 
 
-def couple(model: Model, sizes: Mapping[str, Sequence[int]], others: Mapping[str, Sequence[int]] | None = None) -> Coupling:
+def couple(
+    model: Model, sizes: Mapping[str, Sequence[int]], others: Mapping[str, Sequence[int]] | None = None
+) -> Coupling:
     """Find the groups of a model.
 
     Args:
@@ -143,13 +147,15 @@ def couple(model: Model, sizes: Mapping[str, Sequence[int]], others: Mapping[str
         second = known.gather(bare, others, SHAPES)
     opsets = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in bare.opset_import}
     flow = walk(bare.graph, facts, second, opsets)
-    weights, _ = find(ready)
+    weights, skipped = find(ready)
     for _ in range(TRIALS):
         solution = flow.labels.solve()
         groups = _groups(flow, solution, weights)
         stuck = _rehearse(bare, flow, solution, groups, sizes)
         if stuck is None:
-            return Coupling(ready, tuple(weights), flow, solution, groups, _pinned(flow, solution, weights))
+            return Coupling(
+                ready, tuple(weights), tuple(skipped), flow, solution, groups, _pinned(flow, solution, weights)
+            )
         site, reason = stuck
         for axes in (*site.inputs, *site.outputs):
             for axis in axes or ():
@@ -254,7 +260,7 @@ def _rehearse(
         for name, axes in zip(site.node.output, site.outputs, strict=False):
             root = [solution.root[axis] for axis in axes]
             wanted = tuple(int((solution.pinned[r] | ~dead[r]).sum()) for r in root)
-            if name and seen.shapes.get(name) != wanted:
+            if name and name not in flow.facts.unknown and seen.shapes.get(name) != wanted:
                 got = list(seen.shapes[name]) if name in seen.shapes else seen.unknown.get(name, "unknown")
                 return site, f"the shape of {site.what} would be {got} where {list(wanted)} is needed"
     return None

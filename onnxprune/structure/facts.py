@@ -44,7 +44,9 @@ ShapeRule = Callable[[onnx.NodeProto, "Facts"], Sequence[Shape | None]]
 """Shapes of a node's outputs, for operators that ONNX's own inference does not know."""
 
 
-def gather(model: onnx.ModelProto, sizes: Mapping[str, Sequence[int]], extra: Mapping[tuple[str, str], ShapeRule]) -> Facts:
+def gather(
+    model: onnx.ModelProto, sizes: Mapping[str, Sequence[int]], extra: Mapping[tuple[str, str], ShapeRule]
+) -> Facts:
     """The facts of a model whose functions are inlined.
 
     Args:

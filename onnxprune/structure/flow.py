@@ -94,7 +94,11 @@ class Flow:
                 if name and shape is not None and shape != tuple(axis.size for axis in axes):
                     raise NoRule(f"{site.what} does not give the shape {list(shape)} that its rule expects")
         except (NoRule, ValueError, IndexError, KeyError, TypeError, ZeroDivisionError) as error:
-            reason = str(error) if isinstance(error, NoRule) else f"{site.what} is not as its operator describes it: {error!r}"
+            reason = (
+                str(error)
+                if isinstance(error, NoRule)
+                else f"{site.what} is not as its operator describes it: {error!r}"
+            )
             for axes_ in site.inputs:
                 for axis in axes_ or ():
                     self.labels.pin(axis, reason)

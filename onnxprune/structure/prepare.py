@@ -24,7 +24,9 @@ def prepare(model: Model) -> Model:
         try:
             proto = inliner.inline_local_functions(proto)
         except Exception as error:  # the inliner raises many kinds
-            raise PruneError(f"the model's functions cannot be inlined: {' '.join(str(error).split())[:300]}") from error
+            raise PruneError(
+                f"the model's functions cannot be inlined: {' '.join(str(error).split())[:300]}"
+            ) from error
     for graph in subgraphs(proto):
         kept = []
         for node in graph.node:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from onnxprune.structure.rules import elementwise, moving, norms, products, quantised, recurrent
 from onnxprune.structure.facts import ShapeRule
+from onnxprune.structure.rules import elementwise, moving, norms, products, quantised, recurrent
 from onnxprune.structure.site import Rule
 
 RULES: dict[tuple[str, str], Rule] = {

@@ -7,13 +7,56 @@ from collections.abc import Callable
 from onnxprune.structure.labels import Axis
 from onnxprune.structure.site import Rule, Site
 
-ZERO_TO_ZERO = (
-    "Abs Asin Asinh Atan Atanh Cast Ceil Celu Elu Erf Floor Gelu HardSwish Identity LeakyRelu Mish Neg Relu Round Selu "
-    "Shrink Sign Sin Sinh Softsign Sqrt Swish Tan Tanh ThresholdedRelu"
-).split()
+ZERO_TO_ZERO = [
+    "Abs",
+    "Asin",
+    "Asinh",
+    "Atan",
+    "Atanh",
+    "Cast",
+    "Ceil",
+    "Celu",
+    "Elu",
+    "Erf",
+    "Floor",
+    "Gelu",
+    "HardSwish",
+    "Identity",
+    "LeakyRelu",
+    "Mish",
+    "Neg",
+    "Relu",
+    "Round",
+    "Selu",
+    "Shrink",
+    "Sign",
+    "Sin",
+    "Sinh",
+    "Softsign",
+    "Sqrt",
+    "Swish",
+    "Tan",
+    "Tanh",
+    "ThresholdedRelu",
+]
 """Functions of one operand that take 0 to 0."""
 
-OTHERS = "Acos Acosh Cos Cosh Exp HardSigmoid IsInf IsNaN Log Not BitwiseNot Reciprocal Sigmoid Softplus".split()
+OTHERS = [
+    "Acos",
+    "Acosh",
+    "Cos",
+    "Cosh",
+    "Exp",
+    "HardSigmoid",
+    "IsInf",
+    "IsNaN",
+    "Log",
+    "Not",
+    "BitwiseNot",
+    "Reciprocal",
+    "Sigmoid",
+    "Softplus",
+]
 """Functions of one operand that take 0 to something else."""
 
 
@@ -37,7 +80,10 @@ def carried(site: Site, operand: int, rank: int) -> list[bool]:
     axes, nulls = site.axes(operand), site.null(operand)
     missing = rank - len(axes)
     result = site.facts.shapes.get(site.node.output[0])
-    kept = [null and (result is None or axis.size == result[missing + i]) for i, (axis, null) in enumerate(zip(axes, nulls, strict=True))]
+    kept = [
+        null and (result is None or axis.size == result[missing + i])
+        for i, (axis, null) in enumerate(zip(axes, nulls, strict=True))
+    ]
     return [False] * missing + kept
 
 
@@ -142,6 +188,9 @@ RULES: dict[tuple[str, str], Rule] = {
     ("", "Where"): Rule(_where),
     ("", "Dropout"): Rule(_dropout),
     ("", "CastLike"): Rule(_cast_like),
-    **{("", op): Rule(_compare) for op in "And Or Xor Equal Greater GreaterOrEqual Less LessOrEqual".split()},
-    **{("", op): Rule(_compare) for op in "BitShift BitwiseAnd BitwiseOr BitwiseXor".split()},
+    **{
+        ("", op): Rule(_compare)
+        for op in ["And", "Or", "Xor", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"]
+    },
+    **{("", op): Rule(_compare) for op in ["BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor"]},
 }

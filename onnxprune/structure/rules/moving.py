@@ -74,9 +74,7 @@ def _resize_shape(site: Site, cut: Cut) -> None:
     sizes: list[int | None] = []
     for i, (entry, axis) in enumerate(zip(old.tolist(), axes, strict=True)):
         same = entry == 0 and copies and i < len(before) and cut.count(before[i]) == cut.count(axis)
-        if cut.count(axis) == axis.size and (entry != 0 or same):
-            sizes.append(None)
-        elif entry == -1 or same:
+        if (cut.count(axis) == axis.size and (entry != 0 or same)) or entry == -1 or same:
             sizes.append(None)
         elif site.varies(i):
             if -1 in old:
@@ -101,7 +99,9 @@ def _squeeze(site: Site) -> None:
     gone = [i % len(axes) for i in given] if given is not None else [i for i, a in enumerate(axes) if a.size == 1]
     for i in gone:
         site.pin(axes[i], "drops it")
-    site.give([a for i, a in enumerate(axes) if i not in gone], [n for i, n in enumerate(site.null(0)) if i not in gone])
+    site.give(
+        [a for i, a in enumerate(axes) if i not in gone], [n for i, n in enumerate(site.null(0)) if i not in gone]
+    )
 
 
 def _unsqueeze(site: Site) -> None:
@@ -187,7 +187,13 @@ def _slice(site: Site) -> None:
         cut = [int(i) % len(axes) for i in (site.ints("axes", 3) or range(site.facts.shapes[site.node.input[1]][0]))]
         for i in cut:
             site.pin(axes[i], "cuts it at bounds that are known at run time only")
-        site.give([site.fixed(s, "cuts it") if i in cut else a for i, (a, s) in enumerate(zip(axes, site.result(), strict=True))], site.null(0))
+        site.give(
+            [
+                site.fixed(s, "cuts it") if i in cut else a
+                for i, (a, s) in enumerate(zip(axes, site.result(), strict=True))
+            ],
+            site.null(0),
+        )
         return
     for axis, taken in bounds.items():
         axes[axis] = axes[axis][taken]
@@ -230,7 +236,9 @@ def _gather(site: Site) -> None:
     if indices is None or indices.ndim > 1:
         site.pin(axes[axis], "looks entries up in it")
         middle = list(site.axes(1))
-        site.give([*axes[:axis], *middle, *axes[axis + 1 :]], [*nulls[:axis], *[False] * len(middle), *nulls[axis + 1 :]])
+        site.give(
+            [*axes[:axis], *middle, *axes[axis + 1 :]], [*nulls[:axis], *[False] * len(middle), *nulls[axis + 1 :]]
+        )
         return
     places = indices % max(axes[axis].size, 1)
     if indices.ndim == 0:
@@ -269,7 +277,11 @@ def _pad(site: Site) -> None:
     for i, (begin, end) in enumerate(pads):
         if (begin, end) == (0, 0):
             continue
-        if site.attribute("mode", "constant") == "constant" and min(begin, end) >= 0 and not site.labels.is_fixed(axes[i]):
+        if (
+            site.attribute("mode", "constant") == "constant"
+            and min(begin, end) >= 0
+            and not site.labels.is_fixed(axes[i])
+        ):
             axes[i] = np.concatenate([site.labels.fresh(begin), axes[i], site.labels.fresh(end)])
             nulls[i] = False
         else:
@@ -359,7 +371,10 @@ def _depth_to_space(site: Site) -> None:
     site.pin(h, "moves channels into it")
     site.pin(w, "moves channels into it")
     shape = site.result()
-    site.give([n, kept, site.fixed(shape[2], "moves channels into it"), site.fixed(shape[3], "moves channels into it")], [site.null(0)[0], site.null(0)[1], False, False])
+    site.give(
+        [n, kept, site.fixed(shape[2], "moves channels into it"), site.fixed(shape[3], "moves channels into it")],
+        [site.null(0)[0], site.null(0)[1], False, False],
+    )
 
 
 def _space_to_depth(site: Site) -> None:
@@ -367,9 +382,14 @@ def _space_to_depth(site: Site) -> None:
     block = int(site.attribute("blocksize"))
     for axis in (h, w):
         site.pin(axis, "moves it into channels")
-    depth = site.labels.merge([site.fixed(block, "moves space into it"), site.fixed(block, "moves space into it"), c], site.what)
+    depth = site.labels.merge(
+        [site.fixed(block, "moves space into it"), site.fixed(block, "moves space into it"), c], site.what
+    )
     shape = site.result()
-    site.give([n, depth, *(site.fixed(size, "moves it into channels") for size in shape[2:])], [site.null(0)[0], site.null(0)[1], False, False])
+    site.give(
+        [n, depth, *(site.fixed(size, "moves it into channels") for size in shape[2:])],
+        [site.null(0)[0], site.null(0)[1], False, False],
+    )
 
 
 def _resize_image(site: Site) -> None:
@@ -405,7 +425,11 @@ def _along(attribute: str, why: str, default: int = -1, operand: int | None = No
     """Operators that work along one axis, which stays whole."""
 
     def tie(site: Site) -> None:
-        axis = int(site.settled(operand).reshape(-1)[0]) if operand is not None else int(site.attribute(attribute, default))
+        axis = (
+            int(site.settled(operand).reshape(-1)[0])
+            if operand is not None
+            else int(site.attribute(attribute, default))
+        )
         axes = site.axes()
         site.pin(axes[axis], why)
         for index in range(len(site.node.output)):

@@ -137,8 +137,8 @@ def _pool(site: Site) -> None:
             site.give([*axes[:2], *pooled], [*site.null(0)[:2], *[False] * len(pooled)])
 
 
-POOLS = "MaxPool AveragePool LpPool GlobalMaxPool GlobalAveragePool GlobalLpPool".split()
-REDUCTIONS = "Sum Mean Max Min Prod L1 L2 SumSquare LogSum LogSumExp".split()
+POOLS = ["MaxPool", "AveragePool", "LpPool", "GlobalMaxPool", "GlobalAveragePool", "GlobalLpPool"]
+REDUCTIONS = ["Sum", "Mean", "Max", "Min", "Prod", "L1", "L2", "SumSquare", "LogSum", "LogSumExp"]
 
 RULES: dict[tuple[str, str], Rule] = {
     ("", "BatchNormalization"): Rule(_batch_norm),
