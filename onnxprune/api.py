@@ -235,8 +235,8 @@ def prune(
             `keep_shape` (zero channels in place where the pattern is 'channel' or 'head', instead of cutting them
             out), `verify` (False: do not hold the cut model against the zeroed one in onnxruntime), `align` (channel
             counts are rounded to multiples of it; what suits the machine unless given), `shapes` (sizes of inputs with
-            open dims), `sparse` (store as sparse_initializer what that makes smaller), `force` (allow output over the input),
-            `threads` (of onnxruntime).
+            open dims), `sparse` (store as sparse_initializer what that makes smaller), `force` (allow output over the
+            input), `threads` (of onnxruntime).
 
     Returns:
         The result: masks, report, evaluation, `save` and `to_proto`.

@@ -93,7 +93,7 @@ def prune(
     ] = None,
     pattern: Annotated[
         str | None,
-        typer.Option(metavar="P", help="unstructured (unless given), N:M such as 2:4, block:RxC, channel, head."),
+        typer.Option(metavar="P", help="unstructured (unless given), channel, head, N:M, block:RxC."),
     ] = None,
     allocation: Annotated[
         str | None, typer.Option(metavar="uniform|global|erk", help="How much goes from each weight.")
@@ -188,7 +188,7 @@ def inspect(model: Model, shape: Shapes = None, as_json: Json = False) -> None:
 
 @app.command(short_help="Show the groups of channels, and what pins the others.")
 def explain(model: Model, shape: Shapes = None, as_json: Json = False) -> None:
-    """Show what lives or dies together in a model: groups of channels and heads, their members, and what pins the others."""
+    """Show what lives or dies together in a model: its groups of channels and heads, and what pins the others."""
     with _results_only():
         from onnxprune import structure
         from onnxprune.runtime.feeds import parse_shapes

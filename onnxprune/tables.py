@@ -76,8 +76,8 @@ def channels(report: Report) -> Iterator[RenderableType]:
     yield table
     if report.difference is not None:
         yield sentence(
-            f"Checked in onnxruntime: with the channels cut out, the outputs differ by {report.difference:.1g} of their "
-            "scale from those of the model with the same channels zeroed."
+            f"Checked in onnxruntime: with the channels cut out, the outputs differ by {report.difference:.1g} of "
+            "their scale from those of the model with the same channels zeroed."
         )
 
 
@@ -152,7 +152,8 @@ def verdict(
     if benchmark is not None and not isinstance(benchmark, str) and benchmark.baseline is not None:
         dense, now = _time(benchmark.baseline), _time(benchmark.latency)
         difference = _difference(benchmark).replace("not measurable", "no measurable difference")
-        text += f" Measured here: {percent(sparsity)} {'fewer weights' if cut else 'zeros'}, latency {now}, dense {dense}: {difference}."
+        what = "fewer weights" if cut else "zeros"
+        text += f" Measured here: {percent(sparsity)} {what}, latency {now}, dense {dense}: {difference}."
     yield sentence(text)
     yield sentence("Nothing was written." if written is None else f"Written: {written}")
 

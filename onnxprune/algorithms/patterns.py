@@ -78,7 +78,7 @@ def parse(text: str) -> Pattern:
         if rows and columns:
             return block(rows, columns)
     raise PruneError(
-        f"pattern '{text}' is not known; expected 'unstructured', 'channel', 'head', 'N:M' with 0 < N < M such as '2:4' "
+        f"pattern '{text}' is not known; expected {', '.join(map(repr, PLAIN))}, 'N:M' with 0 < N < M such as '2:4' "
         "(N of every M inputs stay), or 'block:RxC' such as 'block:4x1' (R outputs by C inputs)"
     )
 

@@ -130,9 +130,9 @@ def scores(coupling: Coupling, group: Group, score: str) -> np.ndarray:
     parts = []
     for member in group.producers:
         weight = coupling.by_name[member.name]
-        values = weight.values()
-        check_finite(weight, values)
-        per_output = CHANNEL_SCORES[score](values.reshape(values.shape[0], -1))
+        entries = weight.values()
+        check_finite(weight, entries)
+        per_output = CHANNEL_SCORES[score](entries.reshape(entries.shape[0], -1))
         places = _outputs(weight.role(_positions(weight.shape, member.axis)), weight.shape[member.axis])
         per_place = np.bincount(places, per_output, weight.shape[member.axis]) / np.maximum(
             np.bincount(places, minlength=weight.shape[member.axis]), 1
@@ -181,11 +181,8 @@ def rounded(group: Group, removed: np.ndarray, score: np.ndarray, align: int, he
 @lru_cache(maxsize=1)
 def lanes() -> int:
     """float32 values in one vector register of this machine: 16 with AVX-512, else 8."""
-    try:
-        from numpy._core._multiarray_umath import __cpu_features__ as features
-    except ImportError:
-        from numpy.core._multiarray_umath import __cpu_features__ as features
-    return 16 if features.get("AVX512F") else 8
+    core = getattr(np, "_core", None) or np.core
+    return 16 if core._multiarray_umath.__cpu_features__.get("AVX512F") else 8
 
 
 def _positions(shape: Sequence[int], axis: int) -> np.ndarray:

@@ -183,12 +183,12 @@ def _groups(flow: Flow, solution: Solution, weights: Sequence[Weight]) -> tuple[
         alike.setdefault(tuple(signature), []).append(label)
     groups: list[Group] = []
     taken: dict[str, int] = {}
-    for signature, found in alike.items():
-        if len(found) < 2:
+    for key, labels_ in alike.items():
+        if len(labels_) < 2:
             continue
-        classes = np.array(sorted(found))
+        classes = np.array(sorted(labels_))
         members = []
-        for index, count in signature:
+        for index, count in key:
             name, axis, where = entries[index]
             picked = np.flatnonzero(np.isin(where, classes))
             ordered = picked[np.lexsort((picked, where[picked]))].reshape(classes.size, count)

@@ -112,6 +112,7 @@ class _Walk:
         if self._is_settled(node) and self._compute(node):
             return
         rule = self.extra.get((node.domain, node.op_type))
+        shapes: Sequence[Shape | None]
         try:
             shapes = rule(node, facts) if rule is not None else self._inferred(node)
         except Exception as error:  # the checker of shapes raises many kinds
@@ -119,14 +120,14 @@ class _Walk:
             reason = f"ONNX's shape inference fails at {describe(node)}: {' '.join(str(error).split())[:200]}"
         else:
             reason = f"the shape of what {describe(node)} computes is not known"
-        for name, shape in zip(node.output, [*shapes, *[None] * len(node.output)], strict=False):
+        for name, found in zip(node.output, [*shapes, *[None] * len(node.output)], strict=False):
             if not name:
                 continue
-            if shape is None:
+            if found is None:
                 behind = next((facts.unknown[i] for i in node.input if i in facts.unknown), reason)
                 facts.unknown[name] = behind
             else:
-                facts.shapes[name] = shape
+                facts.shapes[name] = found
                 facts.types.setdefault(name, facts.types.get(node.input[0], 0) if node.input else 0)
 
     def _known(self, name: str, content: np.ndarray) -> None:
@@ -154,9 +155,8 @@ class _Walk:
             values = ReferenceEvaluator(made).run(None, given)
         except Exception:  # an operator it lacks, or a graph no runtime accepts
             return False
-        for name, value in zip((n for n in node.output if n), values, strict=True):
-            if not isinstance(value, (np.ndarray, np.generic)) or np.asarray(value).size > SMALL:
-                return False
+        if any(not isinstance(v, (np.ndarray, np.generic)) or np.asarray(v).size > SMALL for v in values):
+            return False
         for name, value in zip((n for n in node.output if n), values, strict=True):
             self._known(name, np.asarray(value))
         return True
@@ -266,7 +266,8 @@ def describe(node: onnx.NodeProto) -> str:
 def _constant(node: onnx.NodeProto) -> TensorProto | None:
     attribute = node.attribute[0]
     if attribute.name == "value":
-        return attribute.t
+        tensor: TensorProto = attribute.t
+        return tensor
     value: Any = helper.get_attribute_value(attribute)
     if attribute.name in {"value_float", "value_floats"}:
         return numpy_helper.from_array(np.array(value, np.float32))

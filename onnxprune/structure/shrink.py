@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import onnx
@@ -11,6 +12,7 @@ from onnx import TensorProto
 
 from onnxprune.errors import PruneError
 from onnxprune.graph.model import Model, encode, open_proto, subgraphs
+from onnxprune.graph.weights import Weight
 from onnxprune.structure.coupling import Coupling
 from onnxprune.structure.cutting import Stuck, cut, keep
 
@@ -50,13 +52,13 @@ def zero(coupling: Coupling, masks: Mapping[str, np.ndarray]) -> None:
     model = coupling.model
     values = {str(v.name): v for graph in model.graph.graphs() for v in graph.initializers.values()}
     for name, mask in masks.items():
-        weight = coupling.by_name.get(name)
         tensor = values[name].const_value
         assert tensor is not None
-        if weight is not None:
-            model.edit(tensor, lambda array, w=weight, m=mask: w.pruned(m, array))
-        else:
-            model.edit(tensor, lambda array, m=mask: np.where(m, array, np.zeros((), array.dtype)))
+        model.edit(tensor, partial(_zeroed, coupling.by_name.get(name), mask))
+
+
+def _zeroed(weight: Weight | None, mask: np.ndarray, array: np.ndarray) -> np.ndarray:
+    return np.where(mask, array, np.zeros((), array.dtype)) if weight is None else weight.pruned(mask, array)
 
 
 def shrink(coupling: Coupling, removed: Removed) -> Model:
