@@ -7,6 +7,7 @@ framework.
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,14 +15,25 @@ from typing import Any
 import numpy as np
 
 from onnxprune.algorithms.pruner import Clock, decide, target
-from onnxprune.api import Pruner, Report, row
+from onnxprune.api import Pruner, Report, note, row
 from onnxprune.errors import PruneError
 from onnxprune.graph.masks import Masks
 from onnxprune.graph.weights import Skipped, Weight
 
+from . import deploy
+
 
 class Bridge(Pruner):
-    """A pruner that holds its masks in a framework's model from the moment it is called with it."""
+    """A pruner that holds its masks in a framework's model from the moment it is called with it.
+
+    Epochs are counted from 1: `update_epoch(n)` says that n of them are finished, as in
+
+        for epoch in range(1, 11):
+            train(model)
+            pruner.update_epoch(epoch)
+
+    The callbacks for the frameworks' own loops do just that, whatever number their library gives an epoch.
+    """
 
     def __init__(self, config_list: Any, **options: Any) -> None:
         super().__init__(config_list, **options)
@@ -31,11 +43,21 @@ class Bridge(Pruner):
         self._untouched: tuple[Skipped, ...] = ()
         self._kept: dict[str, np.ndarray] = {}
         self._targets: list[float | None] | None = None
+        self._holder: Any = None  # what holds the masks in a model; None before the call and after `remove`
 
     def update_epoch(self, epoch: int) -> None:
-        """Move schedules that count epochs to `epoch`: prune what is due; what was pruned stays pruned."""
+        """Move schedules that count epochs to `epoch`: prune what is due; what was pruned stays pruned.
+
+        Args:
+            epoch: the number of the epoch that has just finished; the first is 1.
+        """
         super().update_epoch(epoch)
         self._due()
+
+    def catch_up(self, finished: int) -> None:
+        """Move on to the number of epochs finished where that is ahead: training was resumed, by a library's loop."""
+        if finished > (self.clock.epoch or 0):
+            self.update_epoch(finished)
 
     def step(self, steps: int = 1) -> None:
         """Move schedules that count optimizer steps on; costs nothing between two updates."""
@@ -56,20 +78,37 @@ class Bridge(Pruner):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`; where a model is attached, its masks are held from now on."""
         super().load_state_dict(state)
-        if self.weights:
+        if self._holder is not None:
             self._check_masks()
             self._kept = {name: self.masks[name] for name in self.masks}
             self._targets = self._targets_now()
             self._hold(self._kept)
 
+    def remove(self) -> None:
+        """Stop holding the masks: what is left is a plain model with zeros in it."""
+        if self._holder is not None:
+            self._holder.remove()
+            self._holder = None
+
+    def _check(self, weights: Sequence[Weight], skipped: Sequence[Skipped]) -> None:
+        """Refuse a model in which there is nothing to do, before anything is touched.
+
+        Raises:
+            PruneError: an entry of the configuration matches none of the weights; with what was left alone, and why.
+        """
+        try:
+            self.config.assign(weights)
+        except PruneError as error:
+            reasons = "".join(f"; '{s.name}' ({s.op_type}) is left alone: {s.reason}" for s in skipped[:8])
+            raise PruneError(f"{error}{reasons}") from None
+
     def _attach(self, weights: Sequence[Weight], skipped: Sequence[Skipped] = ()) -> None:
         """Take charge of a model's weights and prune what is due.
 
         Raises:
-            PruneError: an entry of the configuration matches none of them, or masks were loaded that do not fit.
+            PruneError: masks were loaded that do not fit.
         """
         self.weights, self._untouched = tuple(weights), tuple(skipped)
-        self.config.assign(self.weights)
         self._check_masks()
         self._kept = {name: self.masks[name] for name in self.masks}
         self._targets = None
@@ -78,7 +117,7 @@ class Bridge(Pruner):
     def _due(self) -> None:
         """Decide anew where the schedule asks for another sparsity than before."""
         now = self._targets_now()
-        if not self.weights or now == self._targets:
+        if self._holder is None or now == self._targets:
             return
         self._kept, misfits = decide(self.config, self.weights, self.clock, self._kept)
         self.skipped = (*misfits, *self._untouched)
@@ -95,9 +134,14 @@ class Bridge(Pruner):
             if shapes.get(name) != self.masks[name].shape:
                 found = f"has the shape {list(shapes[name])}" if name in shapes else "does not exist in the model"
                 raise PruneError(
-                    f"the mask loaded for weight '{name}' has the shape {list(self.masks[name].shape)}, but the weight "
-                    f"{found}; load the state_dict that was saved with this model"
+                    f"the pruner's mask for weight '{name}' has the shape {list(self.masks[name].shape)}, but the "
+                    f"weight {found}. It comes from a state_dict, or from the model that the pruner was called with "
+                    "before: load the state_dict that was saved with this model, or make a new pruner"
                 )
+
+    def _write(self, candidate: deploy.Candidate, path: str | os.PathLike[str]) -> deploy.Exported:
+        """Check an exported model and write it."""
+        return deploy.write(candidate, path, lambda model: note(model, self.config, self.report, self.clock))
 
     @abstractmethod
     def _hold(self, kept: Mapping[str, np.ndarray]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 from keras_nets import NETS, SLOW_NETS, Blocks, L, chain, check_zeros, images, loss, scramble, trained_net
 from onnx import numpy_helper
-from onnxprune.converters.tensorflow import AGPPruner, LevelPruner, bind, deploy, reimport
+from onnxprune.converters.tensorflow import AGPPruner, LevelPruner, bind, binding, export, reimport
 from onnxprune.converters.tensorflow.binding import signature
 from onnxprune.converters.tensorflow.convert import convert
 
@@ -198,6 +198,17 @@ def test_an_ordinary_file_pruned_elsewhere(names, tmp_path):
     assert all((values[n] == 0).mean() == pytest.approx(0.5, abs=0.01) for n in dense)
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_reimport_exports_the_graph_once(given, monkeypatch):
+    model = NETS["dense"]()
+    proto = onnxprune.prune(bind(model).pull(), [{"sparsity": 0.5}]).to_proto()
+    calls, once = [], binding.convert
+    monkeypatch.setattr(binding, "convert", lambda *a: calls.append(a) or once(*a))
+    pruner = reimport(model, proto, np.ones((2, 5), np.float32) if given else None)
+    assert len(calls) == 1
+    assert pruner.sparsity == 0.5
+
+
 def test_of_a_folded_weight_that_was_trained_on_only_zeros_come_back():
     model = chain((8, 8, 3), L.Conv2D(8, 3, use_bias=False), L.BatchNormalization(), L.ReLU(), L.Flatten(), L.Dense(3))
     rng = np.random.default_rng(0)
@@ -278,7 +289,7 @@ def test_a_file_that_lost_zeros_or_computes_otherwise_is_not_written(tmp_path, m
     pruner = LevelPruner(HALF)(model)
     target = tmp_path / "model.onnx"
     target.write_bytes(b"old")
-    original = deploy.load
+    original = export.load
 
     def spoiled(proto, name, change):
         loaded = original(proto)
@@ -291,11 +302,11 @@ def test_a_file_that_lost_zeros_or_computes_otherwise_is_not_written(tmp_path, m
         values.reshape(-1)[np.flatnonzero(values == 0)[0]] = 1e-9
         return values
 
-    monkeypatch.setattr(deploy, "load", lambda proto: spoiled(proto, (6, 3), one_back))
-    with pytest.raises(PruneError, match=r"'conv2d/kernel' .* is not in the exported model with its zeros: 1 of 6"):
+    monkeypatch.setattr(export, "load", lambda proto: spoiled(proto, (6, 3), one_back))
+    with pytest.raises(PruneError, match=r"lost zeros of weight 'conv2d/kernel' \[3, 3, 3, 6\]: 1 of its 6 outputs"):
         pruner.export(target)
-    monkeypatch.setattr(deploy, "load", lambda proto: spoiled(proto, (6, 3), lambda values: values * 1.01))
-    with pytest.raises(PruneError, match="computes something else"):
+    monkeypatch.setattr(export, "load", lambda proto: spoiled(proto, (6, 3), lambda values: values * 1.01))
+    with pytest.raises(PruneError, match="outputs for the exported model differ from the framework's by"):
         pruner.export(target)
     assert target.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
@@ -327,6 +338,23 @@ def test_half_precision_exports(net, tmp_path):
         keras.mixed_precision.set_global_policy("float32")
     exported = LevelPruner([{"sparsity": 0.5}])(model).export(tmp_path / "model.onnx")
     assert exported.sparsity == pytest.approx(0.5, abs=0.02)
+
+
+def test_bfloat16_is_refused_with_the_way_out_and_that_works(tmp_path):
+    keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+        model = NETS["conv2d"]()
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+    pruner = LevelPruner([{"sparsity": 0.5}])(model)
+    with pytest.raises(PruneError, match=r"compute in bfloat16, which .* set dtype_policy = 'float32' on the model"):
+        pruner.export(tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+    for part in (model, *model.layers):
+        part.dtype_policy = "float32"
+    exported = pruner.export(tmp_path / "model.onnx")
+    assert exported.sparsity == 0.5
+    assert exported.difference < 1e-5
 
 
 def test_names_are_those_of_the_model(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras_nets import L, chain, check_zeros, images, kept, loss, trained_net
-from onnxprune.converters.tensorflow import AGPPruner, LevelPruner, Pruning
+from onnxprune.converters.tensorflow import AGP_Pruner, AGPPruner, LevelPruner, Pruning
 
 from onnxprune import PruneError
 
@@ -247,6 +247,48 @@ def test_remove_leaves_a_plain_model_with_zeros():
     assert all((variable.numpy() != 0).mean() > 0.9 for variable, _ in kept(pruner).values())
 
 
+def test_frozen_layers_are_pruned_once_and_held_when_they_thaw():
+    model = trained_net()
+    model.layers[1].trainable = False
+    model.compile(keras.optimizers.AdamW(0.01, weight_decay=0.1), loss(), jit_compile=False)
+    pruner = LevelPruner(HALF)(model)
+    check_zeros(pruner)
+    frozen = model.layers[1].kernel.numpy()
+    model.fit(*images(), verbose=0)
+    assert np.array_equal(model.layers[1].kernel.numpy(), frozen)
+    model.layers[1].trainable = True
+    model.compile(keras.optimizers.AdamW(0.01, weight_decay=0.1), loss(), jit_compile=False)
+    model.fit(*images(), verbose=0, callbacks=[Check(pruner)])
+    assert (model.layers[1].kernel.numpy() != frozen).mean() > 0.4
+
+
+def test_a_layer_that_is_used_twice_and_an_embedding():
+    table, dense, x = L.Embedding(11, 5), L.Dense(5), keras.Input((7,), dtype="int32")
+    model = keras.Model(x, L.Dense(4)(L.GlobalAveragePooling1D()(dense(L.ReLU()(dense(table(x)))))))
+    model.compile(keras.optimizers.Adam(0.01), loss(), jit_compile=False)
+    pruner = LevelPruner([{"sparsity": 0.5, "op_types": ["default", "Embedding"]}])(model)
+    assert len(pruner.masks) == 3
+    tokens = np.random.default_rng(0).integers(0, 11, (32, 7))
+    model.fit(tokens, images()[1], batch_size=8, verbose=0, callbacks=[Check(pruner)])
+
+
+def test_two_optimizers_in_a_loop_of_ones_own():
+    model = trained_net()
+    pruner = LevelPruner(HALF)(model)
+    halves = model.trainable_variables[:2], model.trainable_variables[2:]
+    optimizers = keras.optimizers.SGD(0.1, momentum=0.9), keras.optimizers.AdamW(0.01, weight_decay=0.1)
+    x, y = images()
+    before = [v.numpy() for v in model.trainable_variables]
+    for _ in range(3):
+        with tf.GradientTape() as tape:
+            value = loss()(y, model(x, training=True))
+        gradients = tape.gradient(value, model.trainable_variables)
+        for optimizer, chosen, part in zip(optimizers, halves, (gradients[:2], gradients[2:]), strict=True):
+            optimizer.apply([tf.clip_by_norm(g, 1.0) for g in part], chosen)
+        check_zeros(pruner)
+    assert all((v.numpy() != b).any() for v, b in zip(model.trainable_variables, before, strict=True))
+
+
 def test_two_pruners_on_one_model():
     model = trained_net()
     first = LevelPruner([{"sparsity": 0.5, "op_types": ["Dense"]}])(model)
@@ -303,14 +345,80 @@ def test_saved_and_loaded(tmp_path):
         assert b.constraint is None
 
 
-def test_callback():
+@pytest.mark.parametrize("average", [False, True])
+def test_callback(average):
     model = trained_net()
-    model.compile("adam", loss(), jit_compile=False)
-    pruner = AGPPruner(RISING)
+    model.compile(keras.optimizers.Adam(use_ema=average), loss(), jit_compile=False)
+    pruner = AGPPruner([{"final_sparsity": 0.8, "start_epoch": 1, "end_epoch": 5}])
     history = model.fit(*images(), epochs=5, verbose=0, callbacks=[Pruning(pruner)]).history
-    check_zeros(pruner)
-    expected = [0.0, 0.0, 0.7, 0.8, 0.8]
+    check_zeros(pruner)  # where the average replaces the weights at the very end as well
+    expected = [0.8 - 0.8 * (1 - k / 4) ** 3 for k in range(5)]
     assert history["sparsity"] == pytest.approx(expected, abs=0.01)
+
+
+def test_callback_is_the_loop_of_the_documentation():
+    config = [{"initial_sparsity": 0, "final_sparsity": 0.8, "start_epoch": 1, "end_epoch": 10, "frequency": 1}]
+    data = {"batch_size": 16, "shuffle": False, "verbose": 0}
+    nets, pruners, reached = [], [AGPPruner(config), AGPPruner(config)], []
+    for _ in range(2):
+        keras.utils.clear_session(free_memory=False)
+        nets.append(trained_net())
+        nets[-1].compile(keras.optimizers.SGD(0.05, momentum=0.9), loss(), jit_compile=False)
+    history = nets[0].fit(*images(), epochs=10, callbacks=[Pruning(pruners[0])], **data).history
+    pruners[1](nets[1])
+    for epoch in range(1, 11):
+        nets[1].fit(*images(), epochs=1, **data)
+        pruners[1].update_epoch(epoch)
+        reached.append(pruners[1].sparsity)
+    assert history["sparsity"] == reached
+    assert reached[0] == 0
+    assert reached[-1] == pytest.approx(0.8, abs=0.002)
+    assert [row.zeros for row in pruners[0].report.rows] == [int(row.size * 0.8) for row in pruners[0].report.rows]
+    assert pruners[0].masks == pruners[1].masks
+    assert all(np.array_equal(a, b) for a, b in zip(nets[0].get_weights(), nets[1].get_weights(), strict=True))
+
+
+def test_the_code_of_the_documentation(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    keras_model = trained_net()
+    keras_model.compile(keras.optimizers.AdamW(0.01), loss(), jit_compile=False)
+    example_inputs = images()[0][:4]
+    train = lambda model: model.fit(*images(), batch_size=16, verbose=0)  # noqa: E731
+
+    config_list = [
+        {
+            "initial_sparsity": 0,
+            "final_sparsity": 0.8,
+            "start_epoch": 1,
+            "end_epoch": 10,
+            "frequency": 1,
+            "op_types": "default",
+        }
+    ]
+    pruner = AGPPruner(config_list)
+    pruner(keras_model)
+    reached = []
+    for epoch in range(1, 11):
+        train(keras_model)
+        pruner.update_epoch(epoch)
+        reached.append(pruner.sparsity)
+    exported = pruner.export("pruned.onnx", example_inputs)
+
+    expected = [0.8 - 0.8 * (1 - (epoch - 1) / 9) ** 3 for epoch in range(1, 11)]
+    assert reached == pytest.approx(expected, abs=0.01)
+    check_zeros(pruner)
+    assert exported.zeros == sum(row.zeros for row in pruner.report.rows)
+    assert AGP_Pruner is AGPPruner
+
+
+def test_callback_validates_the_pruned_model():
+    model = trained_net()
+    model.compile(keras.optimizers.SGD(0.05), loss(), jit_compile=False)
+    pruner = AGPPruner([{"final_sparsity": 0.8, "start_epoch": 0, "end_epoch": 2}])
+    x, y = images()
+    history = model.fit(x, y, epochs=2, verbose=0, validation_data=(x, y), callbacks=[Pruning(pruner)]).history
+    assert model.evaluate(x, y, verbose=0) == pytest.approx(history["val_loss"][-1])
+    assert pruner.clock.epoch == 2
 
 
 @pytest.mark.parametrize(("accumulation", "execution"), [(2, 1), (None, 2)])
@@ -321,7 +429,7 @@ def test_callback_counts_optimizer_steps(accumulation, execution):
     pruner = AGPPruner([{"final_sparsity": 0.8, "start_step": 0, "end_step": 100}])
     model.fit(*images(), epochs=2, batch_size=8, verbose=0, callbacks=[Pruning(pruner)])
     assert pruner.clock.step == (4 if accumulation else 8)
-    assert pruner.clock.epoch == 1
+    assert pruner.clock.epoch == 2
     assert 0 < pruner.sparsity < 0.8
     check_zeros(pruner)
 

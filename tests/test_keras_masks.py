@@ -175,7 +175,7 @@ def test_types_of_layers_around_a_layer():
 def test_what_matches_nothing_is_an_error(named):
     with pytest.raises(PruneError, match=r"matches no weight.*Conv2D.*"):
         LevelPruner([{"sparsity": 0.5, "op_types": ["Conv3D"]}])(named)
-    with pytest.raises(PruneError, match=r"no weight that can be pruned"):
+    with pytest.raises(PruneError, match=r"no weights that can be pruned"):
         LevelPruner(EVERYTHING)(chain((4,), L.ReLU(), L.LayerNormalization()))
     with pytest.raises(PruneError, match=r"takes a keras.Model or a tf.Graph, not a builtins.int"):
         LevelPruner(EVERYTHING)(3)

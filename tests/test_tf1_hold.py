@@ -163,8 +163,9 @@ def test_nni_ten_by_ten() -> None:
         assert graph is v1.get_default_graph()
 
 
-def test_nni_documentation() -> None:
-    """The order of NNI's documentation, as it is typed there."""
+@pytest.mark.parametrize("first", ["train", "update"])
+def test_nni_documentation(first: str) -> None:
+    """As it is typed there; the loop in its second order is as valid, and prunes before it trains."""
     built = net()
     with built.graph.as_default():
         train_op = v1.train.AdamOptimizer(0.01).minimize(built.loss)
@@ -184,10 +185,13 @@ def test_nni_documentation() -> None:
         sparsities = []
         with v1.Session() as sess:
             sess.run(v1.global_variables_initializer())
-            for epoch in range(1, 12):
-                pruner.update_epoch(epoch, sess)
+            for epoch in range(1, 11):
+                if first == "update":
+                    pruner.update_epoch(epoch, sess)
                 for _ in range(2):
                     sess.run(train_op, built.feed())
+                if first == "train":
+                    pruner.update_epoch(epoch, sess)
                 sparsities.append(pruner.sparsity)
             values = read(sess)
     masks_hold(pruner, values)
@@ -232,6 +236,55 @@ def test_sensitivity_prunes_by_the_spread_of_the_values() -> None:
         np.testing.assert_array_equal(
             pruner.masks[name], np.abs(values[name]) >= 0.7 * np.std(values[name].astype("f8"))
         )
+
+
+@pytest.mark.parametrize("ref", [False, True], ids=["resource", "ref"])
+def test_frozen_variables_are_pruned_as_well_and_several_optimizers_hold(ref: bool) -> None:
+    for when in ("before", "after"):
+        with tf.Graph().as_default() as graph:
+            x = v1.placeholder(tf.float32, (None, 12))
+            a = v1.get_variable("a", (12, 8), trainable=False, use_resource=not ref)
+            b, c = (v1.get_variable(n, s, use_resource=not ref) for n, s in (("b", (8, 8)), ("c", (8, 4))))
+            loss = tf.reduce_mean(tf.square(tf.matmul(tf.matmul(tf.matmul(x, a), b), c) - 1))
+
+            def training(loss: Any = loss, b: Any = b, c: Any = c) -> Any:
+                one = v1.train.MomentumOptimizer(0.1, 0.9).minimize(loss, var_list=[b])
+                return [one, v1.train.AdamOptimizer(0.01).minimize(loss, var_list=[c])]
+
+            train = training() if when == "before" else None
+            pruner = LevelPruner(HALF)
+            pruner(graph)
+            train = train or training()
+            init = v1.global_variables_initializer()
+        with session(graph) as sess:
+            sess.run(init)
+            frozen = sess.run(a)
+            for _ in range(3):
+                sess.run(train, {x: np.random.default_rng(0).normal(size=(8, 12))})
+                masks_hold(pruner, read(sess))
+            assert set(pruner.masks) == {"a", "b", "c"}
+            assert np.array_equal(read(sess)["a"], frozen * pruner.masks["a"])
+
+
+@pytest.mark.parametrize("ref", [False, True], ids=["resource", "ref"])
+def test_a_run_without_training_leaves_the_zeros_in_the_variables(ref: bool, tmp_path: Path) -> None:
+    """So that a checkpoint holds what the forward pass computed with."""
+    built = net(ref=ref)
+    init = built.init()
+    pruner = LevelPruner(HALF)
+    pruner(built.graph)
+    with built.graph.as_default():
+        saver = v1.train.Saver()
+    with session(built.graph) as sess:
+        sess.run(init)
+        for _ in range(2):
+            logits = sess.run(built.logits, built.feed())
+            masks_hold(pruner, read(sess))
+        path = saver.save(sess, str(tmp_path / "model"), write_meta_graph=False)
+    saved = tf.train.load_checkpoint(path)
+    values = {name: saved.get_tensor(name) for name, _ in tf.train.list_variables(path)}
+    masks_hold(pruner, values)
+    np.testing.assert_allclose(logits, logits_of(values), atol=1e-6)
 
 
 def test_gradients_clipped_accumulated_and_a_user_constraint() -> None:

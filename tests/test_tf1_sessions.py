@@ -193,7 +193,7 @@ def test_refusals() -> None:
     finalised = net()
     finalised.graph.finalize()
     refused(r"finalised; call the pruner before", lambda: LevelPruner(HALF)(finalised.graph))
-    refused(r"no weight that can be pruned", lambda: LevelPruner(HALF)(tf.Graph()))
+    refused(r"no weights that can be pruned", lambda: LevelPruner(HALF)(tf.Graph()))
     with tf.Graph().as_default() as empty:
         tf.matmul(v1.placeholder(tf.float32, (2, 3)), v1.get_variable("w", (3, 3)))
     refused(

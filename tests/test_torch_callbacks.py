@@ -108,6 +108,38 @@ def test_hugging_face_resumes_where_it_stopped(tmp_path, schedule):
         assert torch.equal(a, b), name
 
 
+TEN = [{"initial_sparsity": 0, "final_sparsity": 0.8, "start_epoch": 1, "end_epoch": 10, "op_types": ["Linear"]}]
+
+
+def loop(pruner: AGPPruner) -> list[float]:
+    """The sparsity after each epoch of the documentation's loop; how AGP rises does not depend on the weights."""
+    reached = []
+    for epoch in range(1, 11):
+        pruner.update_epoch(epoch)
+        reached.append(round(pruner.sparsity, 3))
+    return reached
+
+
+def test_hugging_face_counts_epochs_as_the_loop_of_the_documentation(tmp_path):
+    pruner, _, seen = train(TEN, tmp_path, epochs=10, save_strategy="no")
+    twin = AGPPruner(TEN)
+    reached = loop(twin(bert()))
+    assert seen == [s for s in [0.0, *reached[:-1]] for _ in range(3)]  # an epoch trains what the one before left
+    assert pruner.report.zeros == twin.report.zeros == sum(int(row.size * 0.8) for row in pruner.report.rows)
+
+
+def test_hugging_face_resumes_from_an_epochs_last_step(tmp_path):
+    """The checkpoint is written before the epoch ends, and the epoch never ends again."""
+    schedule = [{"final_sparsity": 0.8, "start_epoch": 0, "end_epoch": 2, "op_types": ["Linear"]}]
+    options = {"save_steps": 3, "epochs": 2}
+    whole, model, seen = train(schedule, tmp_path, **options)
+    resumed, again, rest = train(schedule, tmp_path, resume=str(tmp_path / "checkpoint-3"), **options)
+    assert rest == seen[3:]
+    assert rest[0] > 0.5
+    assert resumed.masks == whole.masks
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
 @pytest.mark.slow
 def test_hugging_face_ends_with_the_best_checkpoints_masks(tmp_path):
     best = {
@@ -139,6 +171,9 @@ class Net(lightning.LightningModule):
         x, y = batch
         return nn.functional.cross_entropy(self.net(x), y)
 
+    def validation_step(self, batch, index):
+        self.log("loss", self.training_step(batch, index))
+
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), 1e-2)
 
@@ -152,7 +187,7 @@ class Look(lightning.Callback):
         self.seen.append(round(self.pruner.sparsity, 3))
 
 
-def fit(schedule, folder: Path, epochs: int, resume: Path | None = None, precision: str = "32-true"):
+def fit(schedule, folder: Path, epochs: int, resume: Path | None = None, precision: str = "32-true", extra=()):
     model = Net()
     pruner = AGPPruner(schedule)
     pruner(model)
@@ -168,11 +203,12 @@ def fit(schedule, folder: Path, epochs: int, resume: Path | None = None, precisi
         gradient_clip_val=1.0,
         accumulate_grad_batches=2,
         precision=precision,
-        callbacks=[LightningCallback(pruner), look],
+        callbacks=[*extra, LightningCallback(pruner), look],
     )
     generator = torch.Generator().manual_seed(0)
     data = torch.utils.data.TensorDataset(torch.randn(64, 8, generator=generator), torch.arange(64) % 2)
-    trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=8), ckpt_path=resume)
+    loader = torch.utils.data.DataLoader(data, batch_size=8)
+    trainer.fit(model, loader, loader, ckpt_path=resume)
     zeros_held(pruner, model)
     trainer.save_checkpoint(folder / "last.ckpt")
     return pruner, model, look.seen
@@ -190,6 +226,35 @@ def test_lightning_resumes_where_it_stopped(tmp_path, schedule):
     assert resumed.masks == whole.masks
     for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_lightning_counts_epochs_as_the_loop_of_the_documentation(tmp_path):
+    pruner, _, seen = fit(TEN, tmp_path, 10)
+    twin = AGPPruner(TEN)
+    reached = loop(twin(Net()))
+    assert seen == [s for s in [0.0, *reached[:-1]] for _ in range(4)]
+    assert pruner.report.zeros == twin.report.zeros == sum(int(row.size * 0.8) for row in pruner.report.rows)
+
+
+@pytest.mark.parametrize("moment", ["on_validation_end", "on_train_epoch_end"])
+def test_lightning_resumes_from_a_checkpoint_written_before_the_epochs_pruning(tmp_path, moment):
+    schedule = [{"final_sparsity": 0.8, "start_epoch": 0, "end_epoch": 2, "op_types": ["Linear"]}]
+
+    def save(trainer, module) -> None:
+        if not trainer.sanity_checking:
+            trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+
+    def saver() -> lightning.Callback:
+        callback = lightning.Callback()
+        setattr(callback, moment, save)
+        return callback
+
+    whole, model, seen = fit(schedule, tmp_path, 2, extra=[saver()])
+    resumed, again, rest = fit(schedule, tmp_path, 2, resume=tmp_path / "0.ckpt", extra=[saver()])
+    assert rest == seen[4:]
+    assert rest[0] > 0.5
+    assert resumed.masks == whole.masks
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
 def test_lightning_in_mixed_precision(tmp_path):

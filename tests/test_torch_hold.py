@@ -14,7 +14,7 @@ import torch
 from onnxprune.converters.torch import LevelPruner
 from torch import nn, optim
 from torch.optim.optimizer import _global_optimizer_post_hooks
-from torch_nets import Tied
+from torch_nets import Tied, Twice
 
 from onnxprune import PruneError
 
@@ -273,6 +273,19 @@ def test_tied_weights():
         optimizer.step()
         check()
     assert model.head.weight is model.embedding.weight
+
+
+def test_shared_modules():
+    torch.manual_seed(0)
+    model = Twice()
+    hold(model, op_types="Linear")
+    check, optimizer = Check(nn.Sequential(model.first)), optim.AdamW(model.parameters(), 1e-2, weight_decay=0.1)
+    for _ in range(3):
+        model(torch.randn(4, 6)).square().sum().backward()
+        optimizer.step()
+        check()
+        optimizer.zero_grad()
+    assert model.again is model.first
 
 
 def test_sparse_gradients():

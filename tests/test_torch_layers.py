@@ -76,8 +76,26 @@ def test_a_model_that_nothing_matches_is_an_error():
 def test_modules_without_values_are_refused_by_name():
     with pytest.raises(PruneError, match=r"'1.weight' \[3, 2\] is on the meta device"):
         LevelPruner([{"sparsity": 0.5}])(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3, device="meta")))
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3, device="meta"))
+    with pytest.raises(PruneError, match=r"'1.weight' \[3, 2\] is on the meta device"):
+        LevelPruner([{"sparsity": 0.5}])(model, torch.ones(1, 2))
+    model = nn.Sequential(nn.Linear(2, 2))
+    pruner = LevelPruner([{"sparsity": 0.5}])(model)
+    model.to("meta")
+    with pytest.raises(PruneError, match=r"'0.weight' \[2, 2\] went to the meta device .* load the model again"):
+        _ = pruner.report
     with pytest.raises(PruneError, match=r"'0.weight' of a LazyLinear has no shape yet"):
         LevelPruner([{"sparsity": 0.5}])(nn.Sequential(nn.LazyLinear(3)))
+
+
+def test_not_a_number_is_refused_by_name_and_nothing_changed():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with torch.no_grad():
+        model[1].weight[2, 3] = float("nan")
+    with pytest.raises(PruneError, match=r"'1.weight' \[4, 4\] .*NaN"):
+        LevelPruner([{"sparsity": 0.5}])(model)
+    assert (model[0].weight != 0).all()
+    assert all(not p._post_accumulate_grad_hooks for p in model.parameters())
 
 
 def reparametrized():
@@ -97,7 +115,7 @@ def test_computed_weights_are_left_alone_with_the_reason(case):
     (skipped,) = pruner.skipped
     assert (skipped.name, skipped.op_type) == ("1.weight", "Linear")
     assert why in skipped.reason
-    with pytest.raises(PruneError, match=f"'weight' is left alone: .*{why}"):
+    with pytest.raises(PruneError, match=rf"'weight' \(Linear\) is left alone: .*{why}"):
         LevelPruner([{"sparsity": 0.5}])(layer)
 
 

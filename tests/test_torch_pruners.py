@@ -13,8 +13,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnxprune.converters import deploy
 from onnxprune.converters import torch as bridge
-from onnxprune.converters.torch import AGP_Pruner, AGPPruner, LevelPruner, SensitivityPruner, deploy
+from onnxprune.converters.torch import AGP_Pruner, AGPPruner, LevelPruner, SensitivityPruner
 from torch import nn, optim
 from torch_nets import Tied, lenet5, make
 
@@ -191,7 +192,7 @@ def test_state_of_another_model_is_refused():
     pruner = LevelPruner([{"sparsity": 0.5}])(lenet5())
     other = LevelPruner([{"sparsity": 0.5}])
     other.load_state_dict(pruner.state_dict())
-    with pytest.raises(PruneError, match=r"mask loaded for weight '0.weight'"):
+    with pytest.raises(PruneError, match=r"mask for weight '0.weight' has the shape"):
         other(nn.Sequential(nn.Linear(4, 4)))
     with pytest.raises(PruneError, match="no state_dict of a pruner"):
         other.load_state_dict({"weights": 1})
@@ -278,6 +279,10 @@ def test_export_uses_the_inputs_of_the_call_and_needs_some(tmp_path):
         LevelPruner([{"sparsity": 0.5}])(model).export(tmp_path, inputs)
     with pytest.raises(PruneError, match="does not exist"):
         LevelPruner([{"sparsity": 0.5}])(model).export(tmp_path / "none" / "b.onnx", inputs)
+    with pytest.raises(PruneError, match="the Sequential fails on the example inputs: mat1 and mat2"):
+        LevelPruner([{"sparsity": 0.5}])(model).export(tmp_path / "b.onnx", inputs[0].double())
+    with pytest.raises(PruneError, match="the Sequential fails on the example inputs: "):
+        LevelPruner([{"sparsity": 0.5}])(model).export(tmp_path / "b.onnx", inputs[0][:, :3])
     assert os.listdir(tmp_path) == ["a.onnx"]
 
 
@@ -298,7 +303,7 @@ def test_a_forward_that_is_random_is_not_exported(tmp_path):
         def forward(self, x):
             return self.fc(x) + torch.randn_like(x)
 
-    with pytest.raises(PruneError, match=r"onnxruntime's outputs differ from the module's by"):
+    with pytest.raises(PruneError, match=r"outputs for the exported model differ from the framework's by"):
         LevelPruner([{"sparsity": 0.5}])(Noisy()).export(tmp_path / "a.onnx", torch.randn(2, 4))
     assert os.listdir(tmp_path) == []
 
@@ -312,7 +317,7 @@ def test_lost_zeros_are_seen_in_any_layout():
     values = onnx.numpy_helper.to_array(tensor).copy()
     values[np.unravel_index(np.flatnonzero(values == 0)[0], values.shape)] = 1e-30
     tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
-    with pytest.raises(PruneError, match=r"lost zeros of weight 'layer.weight_hh_l0' \[20, 5\]: 1 of its outputs"):
+    with pytest.raises(PruneError, match=r"lost zeros of weight 'layer.weight_hh_l0' \[20, 5\]: 1 of its 20 outp"):
         deploy.check_zeros(load(proto), pruner.weights, pruner._kept)
 
 
@@ -339,10 +344,30 @@ def test_a_batchnorm_that_scales_a_channel_to_zero(tmp_path):
     assert exported.absent == ()
 
 
-def test_half_precision_exports(tmp_path):
-    model, inputs = make("linear", dtype=torch.float16)
-    exported = LevelPruner([{"sparsity": 0.5}])(model).export(tmp_path / "a.onnx", inputs)
+@pytest.mark.parametrize("name", ["linear", "lenet5", pytest.param("lstm", marks=pytest.mark.slow)])
+def test_half_precision_exports(name, tmp_path):
+    model, inputs = make(name, dtype=torch.float16)
+    pruner = LevelPruner([{"sparsity": 0.5}])(model)
+    exported = pruner.export(tmp_path / "a.onnx", inputs)
     assert exported.difference < 1e-2
+    assert exported.zeros == sum(row.zeros for row in pruner.report.rows)
+    assert {w.dtype.name for w in find(load(tmp_path / "a.onnx"))[0]} == {"float16"}
+
+
+@pytest.mark.parametrize("name", ["linear", "lenet5", pytest.param("lstm", marks=pytest.mark.slow)])
+def test_bfloat16_is_refused_with_the_way_out_and_that_works(name, tmp_path):
+    model, inputs = make(name, dtype=torch.bfloat16)
+    pruner = LevelPruner([{"sparsity": 0.5}])(model)
+    with pytest.raises(PruneError, match=r"computes in bfloat16, which .* model.float\(\)") as error:
+        pruner.export(tmp_path / "a.onnx", inputs)
+    assert os.listdir(tmp_path) == []
+    assert "\n" not in str(error.value)
+    before = zeros(model)
+    model.float()
+    exported = pruner.export(tmp_path / "a.onnx", tuple(x.float() for x in inputs))
+    assert exported.difference < 1e-4
+    assert exported.zeros == sum(row.zeros for row in pruner.report.rows)
+    assert all(np.array_equal(mask, before[n]) for n, mask in zeros(model).items())
 
 
 def test_tied_weights_export_as_two_and_keep_their_zeros(tmp_path):

@@ -187,6 +187,15 @@ def test_a_file_from_the_command_line_goes_on_along_a_schedule(tmp_path: Path):
     assert (model[0].weight.detach().numpy()[~before["0.weight"]] == 0).all()
 
 
+def test_the_graph_is_exported_once(monkeypatch):
+    model, inputs = make("lenet")
+    file, calls, export_once = export(pruned(model, 0.5), inputs, "unfolded"), [], exporting.export
+    monkeypatch.setattr(exporting, "export", lambda *a, **k: calls.append(a) or export_once(*a, **k))
+    pruner = reimport(model, file, inputs)
+    assert len(calls) == 1
+    assert pruner.sparsity == pytest.approx(0.5, abs=1e-2)
+
+
 def test_weights_trained_on_elsewhere_are_loaded():
     model, inputs = make("lenet")
     target = pruned(model, 0.5)

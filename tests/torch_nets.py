@@ -119,6 +119,10 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[torch.Tensor, 
         ),
         floats(2, 7, 8),
     ),
+    "decoder": (
+        lambda: nn.TransformerDecoderLayer(8, 2, 16, batch_first=True),
+        lambda: (torch.randn(2, 7, 8), torch.randn(2, 5, 8)),
+    ),
     "embedding": (
         lambda: nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 3)),
         lambda: (torch.randint(0, 20, (2, 3)),),

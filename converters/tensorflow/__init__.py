@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from ..deploy import Exported
 from .binding import Binding, bind
 from .callback import Pruning
-from .deploy import Exported
 from .pruners import AGP_Pruner, AGPPruner, LevelPruner, SensitivityPruner
 from .reimporting import reimport
 

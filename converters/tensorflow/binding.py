@@ -123,6 +123,7 @@ def bind(model: Any, example_inputs: Any = None) -> Binding:
     Raises:
         PruneError: the model cannot be exported, or has never been built.
     """
+    check_backend()
     specs = signature(model, example_inputs)
     proto, variables = _unfolded(model, specs)
     graph = load(proto)
@@ -138,6 +139,13 @@ def bind(model: Any, example_inputs: Any = None) -> Binding:
         elif weight.op_type != "Embedding":
             skipped.append(Skipped(weight.name, weight.op_type, "it is a constant of the model, not a variable"))
     return Binding(graph, variables, tuple(weights), tuple(skipped))
+
+
+def check_backend() -> None:
+    """Refuse the backends whose models hold no TensorFlow variables."""
+    if keras.backend.backend() != "tensorflow":
+        backend = keras.backend.backend()
+        raise PruneError(f"Keras runs on the {backend} backend; set KERAS_BACKEND=tensorflow before importing it")
 
 
 def signature(model: Any, example_inputs: Any = None) -> Any:

@@ -1,45 +1,45 @@
-"""The deployable ONNX file of a Keras model: tf2onnx with its folding on, checked before it is written."""
+"""The deployable ONNX model of a Keras model: tf2onnx with its folding on, and what Keras computes beside it."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from onnxprune.errors import PruneError
-from onnxprune.graph.model import Model
+from onnxprune.graph.model import load
 from onnxprune.graph.weights import Weight
 
+from ..deploy import Candidate, tolerance
 from .binding import input_names, output_names, signature
 from .convert import convert, rename
-from .deploy import TOLERANCE, Exported, deploy
 from .layers import walk
 
 
-def export(
-    model: Any,
-    path: str | os.PathLike[str],
-    weights: Sequence[Weight] = (),
-    kept: Mapping[str, np.ndarray] | None = None,
-    example_inputs: Any = None,
-    record: Callable[[Model], None] | None = None,
-) -> Exported:
-    """Write the deployable ONNX file of a Keras model.
+def candidate(
+    model: Any, weights: Sequence[Weight], kept: Mapping[str, np.ndarray], example_inputs: Any = None
+) -> Candidate:
+    """A Keras model as tf2onnx makes it when it folds and fuses, with Keras' own outputs beside it.
 
     Args:
         model: a Keras 3 model; Functional and Sequential models need no example.
-        path: the target; written beside it first, then renamed.
-        weights: its weights.
-        kept: masks of those that are pruned.
+        weights: its weights that are pruned.
+        kept: their masks.
         example_inputs: what onnxruntime and Keras are compared on; random unless given.
-        record: writes into the file what is to be known about it.
 
     Raises:
-        PruneError: a zero was lost, onnxruntime and Keras disagree, or there is no ONNX for the model.
+        PruneError: there is no ONNX for the model, or it fails on the example.
     """
+    types = type_names(model)
+    if "bfloat16" in types:
+        raise PruneError(
+            f"layers of the model '{model.name}' compute in bfloat16, which tf2onnx does not convert and onnxruntime "
+            "does not run on the CPU. Where the variables are float32 (mixed_bfloat16), set dtype_policy = 'float32' "
+            "on the model and on every layer in it, and export again: values and masks stay what they are. Where they "
+            "are bfloat16 as well, load them into a model that was built with float32"
+        )
     from onnxprune.runtime.feeds import random_feeds
 
     specs = signature(model, example_inputs)
@@ -64,7 +64,7 @@ def export(
     expected = outputs(model, specs, arrays)
     used = {value.name for value in proto.graph.input}
     feeds = {name: array for name, array in zip(inputs, arrays, strict=True) if name in used}
-    return deploy(proto, path, weights, kept or {}, feeds, expected, tolerance(model), record)
+    return Candidate(load(proto), weights, kept, feeds, expected, tolerance(types))
 
 
 def outputs(model: Any, specs: Any, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -88,10 +88,6 @@ def _sizes(spec: Any) -> tuple[int, ...]:
     return tuple(1 if size is None else size for size in spec.shape)
 
 
-def tolerance(model: Any) -> float:
-    """1e-4, or what a model that computes in 16 bits can be held to."""
-    kinds = {layer.compute_dtype for layer, _ in walk(model)}
-    return max([TOLERANCE, *(16 * _EPSILON[kind] for kind in kinds if kind in _EPSILON)])
-
-
-_EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
+def type_names(model: Any) -> set[str]:
+    """Names of the types that a model's layers compute in."""
+    return {str(layer.compute_dtype) for layer, _ in walk(model)}

@@ -6,7 +6,6 @@ have by then, by calling back into the core; `at` opens a session to move them l
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,12 +17,11 @@ import numpy as np
 import tensorflow as tf
 
 from onnxprune.errors import PruneError
-from onnxprune.graph.model import Model
 from onnxprune.graph.weights import Skipped, Weight
 
-from .deploy import Exported
+from ..deploy import Candidate
 from .graph_edit import MaskOps, sessions
-from .graph_export import export
+from .graph_export import candidate
 from .graph_weights import find
 
 Masks = Mapping[str, np.ndarray]
@@ -142,35 +140,24 @@ class GraphHolder:
                 session.run(ops.zero)
             session.run(ops.release)
 
-    def export(
-        self,
-        path: str | os.PathLike[str],
-        kept: Masks,
-        example_inputs: Any,
-        outputs: Any,
-        sess: Any,
-        record: Callable[[Model], None] | None = None,
-    ) -> Exported:
-        """Write the ONNX file of the graph's outputs with a session's values, checked.
+    def candidate(self, kept: Masks, example_inputs: Any, outputs: Any, sess: Any) -> Candidate:
+        """The graph's outputs with a session's values, as exported to be deployed, to be checked while `at` is open.
 
         Args:
-            path: the target.
             kept: not used: the masks are the session's.
             example_inputs: placeholder (or its name) -> array; random where it is not given.
             outputs: the output's tensor or name, or a list of them.
             sess: the session.
-            record: writes a note into the file's model.
 
         Raises:
-            PruneError: an output is missing, the graph cannot be converted, or the file fails a check; nothing is
-                written.
+            PruneError: an output is missing, or the graph cannot be converted.
         """
         ops = self._attached()
-        with self.at(sess):
-            self._session.run(ops.ready)
+        self._session.run(ops.ready)
         with self.at(sess):
             masks = {n: m for n, m in self._session.run(ops.masks).items() if n in self._pruned}
-            return export(self._session, ops.edits, path, self.weights, masks, example_inputs, outputs, record)
+            held = [weight for weight in self.weights if weight.name in masks]
+            return candidate(self._session, ops.edits, held, masks, example_inputs, outputs)
 
     def _formed(self, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Called inside a session's first run, on a thread of TensorFlow's."""

@@ -175,13 +175,36 @@ class MaskOps:
             masks = tf.numpy_function(call, [self.values[n] for n in names], [tf.bool] * len(names), stateful=True)
             for name, mask in zip(names, masks, strict=True):
                 mask.set_shape(self.variables[name].object.shape)
-            with tf.control_dependencies([_assign(self._store[n], m) for n, m in zip(names, masks, strict=True)]):
-                done = _assign(self._flag, True)
-            with tf.control_dependencies([done]):
+            done = [_assign(self._store[n], m) for n, m in zip(names, masks, strict=True)]
+            done += [
+                raw.AssignVariableOp(resource=self.variables[n].op.outputs[0], value=masked(self.values[n], m))
+                for n, m in zip(names, masks, strict=True)
+                if n not in references
+            ]
+            with tf.control_dependencies(done):
+                last = _assign(self._flag, True)
+            with tf.control_dependencies([last]):
                 return tf.constant(True)
 
         # The values are read outside: a branch cannot capture a reference.
-        return v1.cond(self.formed, lambda: tf.constant(True), first, name="form")
+        references = [n for n in names if self.variables[n].op.type not in HANDLES]
+        ready = v1.cond(self.formed, lambda: tf.constant(True), first, name="form")
+        return self._references_zeroed(references, ready) if references else ready
+
+    def _references_zeroed(self, names: list[str], ready: Any) -> Any:
+        """Zero variables of the old kind where masks have just formed: by a switch, since a branch takes no reference.
+
+        A variable that no optimizer updates is otherwise written nowhere, and a checkpoint would hold what is pruned.
+        """
+        done = []
+        with tf.control_dependencies([ready]):
+            for name in names:
+                fresh = raw.RefSwitch(data=self.variables[name].op.outputs[0], pred=self.formed).output_false
+                done.append(v1.assign(fresh, masked(tf.identity(fresh), self._mask(name))).op)
+            before = raw.Switch(data=tf.constant(True), pred=self.formed).output_true
+        with tf.control_dependencies(done):
+            just = tf.constant(True)
+        return raw.Merge(inputs=[before, just], name="form_done").output
 
     def _forward(self) -> None:
         """Weight operands read masked values."""

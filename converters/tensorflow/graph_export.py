@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,27 +10,25 @@ import onnx
 import tensorflow as tf
 
 from onnxprune.errors import PruneError
-from onnxprune.graph.model import Model
+from onnxprune.graph.model import load
 from onnxprune.graph.weights import Weight
 
+from ..deploy import Candidate
 from .convert import OPSET, check_operators, quiet
-from .deploy import Exported, deploy
 from .graph_edit import Edits
 
 v1 = tf.compat.v1
 
 
-def export(
+def candidate(
     session: Any,
     edits: Edits,
-    path: str | os.PathLike[str],
-    weights: Iterable[Weight],
+    weights: Sequence[Weight],
     kept: Mapping[str, np.ndarray],
     example_inputs: Any,
     outputs: Any,
-    record: Callable[[Model], None] | None = None,
-) -> Exported:
-    """Freeze, convert and check; see `GraphHolder.export`."""
+) -> Candidate:
+    """Frozen and converted; see `GraphHolder.candidate`."""
     from onnxprune.runtime.feeds import random_feeds
 
     graph = session.graph
@@ -48,7 +45,7 @@ def export(
         if set(feeds) != set(inputs):
             given = ", ".join(sorted(feeds)) or "nothing"
             raise PruneError(f"the outputs need example inputs for {', '.join(inputs)}; they are given for {given}")
-    return deploy(proto, path, weights, kept, feeds, session.run(names, feeds), record=record)
+    return Candidate(load(proto), weights, kept, feeds, session.run(names, feeds))
 
 
 def convert(definition: Any, outputs: list[str]) -> onnx.ModelProto:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -14,11 +13,11 @@ import numpy as np
 import tensorflow as tf
 
 from onnxprune.errors import PruneError
-from onnxprune.graph.model import Model
+from onnxprune.graph.weights import Skipped, Weight
 
-from .binding import bind
-from .deploy import Exported
-from .export import export
+from ..deploy import Candidate
+from .binding import Binding, check_backend
+from .export import candidate
 from .layers import layer_weights
 
 
@@ -60,6 +59,7 @@ class Hold(keras.constraints.Constraint):  # type: ignore[misc]  # Keras has no 
 
     def zero(self) -> None:
         """Zero the pruned entries now."""
+        self._mask_average()
         self.variable.assign(self._masked(tf.convert_to_tensor(self.variable.value)))
 
     def revived(self) -> bool:
@@ -97,30 +97,43 @@ class KerasHolder:
 
     Args:
         model: a Keras 3 model on the TensorFlow backend.
-        example_inputs: what the model is called with; given, the exported graph says what its weights are, otherwise
-            its layers do.
-
-    Raises:
-        PruneError: the model has no variables yet, or another backend.
+        weights: its weights.
+        skipped: what is left alone, with reasons.
+        variables: name -> Keras variable, of the weights at least.
+        example_inputs: what the model is called with, where it was given.
     """
 
-    def __init__(self, model: Any, example_inputs: Any = None) -> None:
-        """Find the weights; nothing is held yet."""
-        if keras.backend.backend() != "tensorflow":
-            backend = keras.backend.backend()
-            raise PruneError(f"Keras runs on the {backend} backend; set KERAS_BACKEND=tensorflow before importing it")
+    def __init__(
+        self,
+        model: Any,
+        weights: Sequence[Weight],
+        skipped: Sequence[Skipped],
+        variables: Mapping[str, Any],
+        example_inputs: Any = None,
+    ) -> None:
+        """Nothing is held yet."""
         self.model, self.example_inputs = model, example_inputs
+        self.weights, self.skipped, self.variables = tuple(weights), tuple(skipped), variables
         self._holds: dict[str, Hold] = {}
-        if example_inputs is not None:
-            binding = bind(model, example_inputs)
-            weights, skipped, self._variables = list(binding.weights), list(binding.skipped), dict(binding.variables)
-        elif model.built:
-            weights, skipped, self._variables = layer_weights(model)
-        else:
+
+    @classmethod
+    def of_layers(cls, model: Any) -> KerasHolder:
+        """The weights that the classes of a built model's layers say.
+
+        Raises:
+            PruneError: the model has no variables yet.
+        """
+        check_backend()
+        if not model.built:
             raise PruneError(
                 f"the model '{model.name}' has no weights yet: build it, call it once, or give example inputs"
             )
-        self.weights, self.skipped = tuple(weights), tuple(skipped)
+        return cls(model, *layer_weights(model))
+
+    @classmethod
+    def of_graph(cls, model: Any, binding: Binding, example_inputs: Any = None) -> KerasHolder:
+        """The weights that the exported graph says."""
+        return cls(model, binding.weights, binding.skipped, binding.variables, example_inputs)
 
     @contextmanager
     def at(self, sess: Any) -> Iterator[None]:
@@ -144,7 +157,7 @@ class KerasHolder:
         """Zero what masks remove, and keep it zero from now on."""
         fresh = [name for name in kept if name not in self._holds]
         for name in fresh:
-            self._holds[name] = Hold(self._variables[name], kept[name], self.model)
+            self._holds[name] = Hold(self.variables[name], kept[name], self.model)
         for name, mask in kept.items():
             self._holds[name].apply(mask)
         if fresh:
@@ -158,20 +171,12 @@ class KerasHolder:
             self._retrace()
         self._holds.clear()
 
-    def export(
-        self,
-        path: str | os.PathLike[str],
-        kept: Mapping[str, np.ndarray],
-        example_inputs: Any,
-        outputs: Any,
-        sess: Any,
-        record: Callable[[Model], None] | None = None,
-    ) -> Exported:
-        """Write the deployable ONNX file, checked."""
+    def candidate(self, kept: Mapping[str, np.ndarray], example_inputs: Any, outputs: Any, sess: Any) -> Candidate:
+        """The model as exported to be deployed, to be checked."""
         if outputs is not None:
             raise PruneError("outputs were named, but a Keras model has its own; leave them out")
         example = self.example_inputs if example_inputs is None else example_inputs
-        return export(self.model, path, self.weights, kept, example, record)
+        return candidate(self.model, [w for w in self.weights if w.name in kept], kept, example)
 
     def _retrace(self) -> None:
         """A train function that `fit` made earlier knows nothing of the constraints."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
 
-from onnxprune.graph.model import Model
 from onnxprune.graph.weights import Skipped, Weight
 
-from .deploy import Exported
+from ..deploy import Candidate
 
 
 class Holder(Protocol):
@@ -35,13 +33,5 @@ class Holder(Protocol):
     def remove(self) -> None:
         """Stop holding: the model is as it was before, with zeros in it."""
 
-    def export(
-        self,
-        path: str | os.PathLike[str],
-        kept: Mapping[str, np.ndarray],
-        example_inputs: Any,
-        outputs: Any,
-        sess: Any,
-        record: Callable[[Model], None] | None = None,
-    ) -> Exported:
-        """Write the deployable ONNX file, checked."""
+    def candidate(self, kept: Mapping[str, np.ndarray], example_inputs: Any, outputs: Any, sess: Any) -> Candidate:
+        """The model as exported to be deployed, to be checked while `at` is open."""

@@ -10,12 +10,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from onnxprune.api import Pruner, note
+from onnxprune.api import Pruner
 from onnxprune.errors import PruneError
-from onnxprune.graph.model import Model
 
 from ..bridge import Bridge
-from .deploy import Exported
+from ..deploy import Exported
+from .binding import bind
 from .hold import KerasHolder
 from .holder import Holder
 
@@ -27,7 +27,7 @@ class TensorFlowPruner(Bridge):
         """See `onnxprune.Pruner`."""
         super().__init__(config_list, **options)
         self.model: Any = None
-        self._holder: Holder | None = None
+        self._holder: Holder | None
 
     def __call__(self, target: Any, example_inputs: Any = None) -> TensorFlowPruner:
         """Take charge of a model: prune what is due, and keep it pruned from now on.
@@ -44,29 +44,20 @@ class TensorFlowPruner(Bridge):
             PruneError: nothing in it can be pruned, an entry of the configuration matches nothing, or a weight holds
                 NaN; nothing has been changed.
         """
-        holder: Holder
-        if isinstance(target, keras.Model):
-            holder = KerasHolder(target, example_inputs)
-        elif isinstance(target, tf.Graph):
+        if isinstance(target, tf.Graph):
             return self._graph(target)
-        else:
+        if not isinstance(target, keras.Model):
             kind = f"{type(target).__module__}.{type(target).__name__}"
             raise PruneError(f"a pruner takes a keras.Model or a tf.Graph, not a {kind}")
-        self._check(holder)
-        self.remove()
-        self._holder, self.model = holder, target
-        try:
-            self._attach(holder.weights, holder.skipped)
-        except PruneError:
-            self.remove()
-            raise
-        return self
+        if example_inputs is None:
+            return self._start(KerasHolder.of_layers(target))
+        return self._start(KerasHolder.of_graph(target, bind(target, example_inputs), example_inputs))
 
     def update_epoch(self, epoch: int, sess: Any = None) -> None:
         """Move schedules that count epochs to `epoch`; what was pruned stays pruned.
 
         Args:
-            epoch: as the configuration counts.
+            epoch: the number of the epoch that has just finished; the first is 1.
             sess: for a graph, the session whose variables are pruned.
         """
         if self._holder is None:
@@ -94,10 +85,9 @@ class TensorFlowPruner(Bridge):
             super().load_state_dict(state)
 
     def remove(self) -> None:
-        """Stop holding: what is left is a plain model with zeros in it."""
-        if self._holder is not None:
-            self._holder.remove()
-        self._holder, self.model = None, None
+        """Stop holding the masks: what is left is a plain model with zeros in it."""
+        super().remove()
+        self.model = None
 
     def export(
         self, path: str | os.PathLike[str], example_inputs: Any = None, *, outputs: Any = None, sess: Any = None
@@ -117,19 +107,31 @@ class TensorFlowPruner(Bridge):
         if self._holder is None:
             raise PruneError("the pruner holds no model to export; call it with one first")
         with self._holder.at(sess):
-            return self._holder.export(path, self._kept, example_inputs, outputs, sess, self._record)
+            return self._write(self._holder.candidate(self._kept, example_inputs, outputs, sess), path)
 
     @property
     def counts_steps(self) -> bool:
         """Whether a schedule is counted in optimizer steps."""
         return any(getattr(entry, "counts", "epoch") == "step" for entry in self.config.entries if not entry.exclude)
 
+    def _start(self, holder: KerasHolder) -> TensorFlowPruner:
+        """Take charge of a Keras model whose weights are known."""
+        self._check(holder.weights, holder.skipped)
+        self.remove()
+        self._holder, self.model = holder, holder.model
+        try:
+            self._attach(holder.weights, holder.skipped)
+        except PruneError:
+            self.remove()
+            raise
+        return self
+
     def _graph(self, graph: Any) -> TensorFlowPruner:
         """Put masks into a graph; they form in the first run of a session."""
         from .graph import GraphHolder
 
         holder = GraphHolder(graph, self._form)
-        self._check(holder)
+        self._check(holder.weights, holder.skipped)
         self.remove()
         self.weights, self.skipped, self._untouched = holder.weights, holder.skipped, holder.skipped
         self._check_masks()
@@ -147,25 +149,6 @@ class TensorFlowPruner(Bridge):
     def _hold(self, kept: Mapping[str, np.ndarray]) -> None:
         if self._holder is not None:
             self._holder.hold(kept)
-
-    def _due(self) -> None:
-        if self._holder is not None:
-            super()._due()
-
-    def _check(self, holder: Holder) -> None:
-        """Refuse a model in which there is nothing to do, before anything is touched."""
-        reasons = "".join(f"; '{s.name}' ({s.op_type}) is left alone: {s.reason}" for s in holder.skipped[:8])
-        if not holder.weights:
-            raise PruneError(
-                f"the model has no weight that can be pruned: none of its layers or operators has a rule{reasons}"
-            )
-        try:
-            self.config.assign(holder.weights)
-        except PruneError as error:
-            raise PruneError(f"{error}{reasons}") from None
-
-    def _record(self, model: Model) -> None:
-        note(model, self.config, self.report, self.clock)
 
 
 class LevelPruner(TensorFlowPruner):

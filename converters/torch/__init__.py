@@ -14,8 +14,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ..deploy import Exported
 from .binding import Binding, bind
-from .deploy import Exported
 from .pruners import AGPPruner, LevelPruner, SensitivityPruner
 from .reimport import reimport
 

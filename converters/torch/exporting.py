@@ -17,7 +17,9 @@ from torch.utils import _pytree
 
 from onnxprune.errors import PruneError
 from onnxprune.graph.model import Model, load
+from onnxprune.graph.weights import Weight
 
+from ..deploy import Candidate, tolerance
 from .layers import array
 
 
@@ -147,30 +149,45 @@ def feeds(model: Model, example_inputs: Any) -> dict[str, np.ndarray]:
 
 
 def outputs(model: nn.Module, example_inputs: Any) -> list[np.ndarray]:
-    """What a module returns in evaluation mode, as a flat list of arrays."""
+    """What a module returns in evaluation mode, as a flat list of arrays.
+
+    Raises:
+        PruneError: it fails on the inputs.
+    """
     args, kwargs = arguments(example_inputs)
     with evaluating(model), torch.no_grad():
-        returned = model(*args, **kwargs)
+        try:
+            returned = model(*args, **kwargs)
+        except Exception as error:
+            raise PruneError(f"the {type(model).__name__} fails on the example inputs: {_reason(error)}") from error
     return [array(leaf) for leaf in _pytree.tree_leaves(returned) if isinstance(leaf, torch.Tensor)]
 
 
-def difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
-    """The largest difference between two lists of outputs, as a share of each output's largest magnitude.
+def candidate(
+    model: nn.Module,
+    example_inputs: Any,
+    weights: Sequence[Weight],
+    kept: Mapping[str, np.ndarray],
+    dynamic_shapes: Any = None,
+) -> Candidate:
+    """A module as torch's exporter makes it when it folds and fuses, with the module's own outputs beside it.
 
-    Infinite where they do not fit, or other entries than in the first are NaN or infinite in the second.
+    Args:
+        model: the module.
+        example_inputs: see `arguments`.
+        weights: the module's weights.
+        kept: the masks of those that are pruned.
+        dynamic_shapes: see `export`.
     """
-    if len(ours) != len(theirs) or any(a.shape != b.shape for a, b in zip(ours, theirs, strict=True)):
-        return float("inf")
-    worst = 0.0
-    for a, b in zip(ours, theirs, strict=True):
-        x, y = a.astype(np.float64), np.asarray(b).astype(np.float64)
-        finite = np.isfinite(x)
-        if not np.array_equal(x[~finite], y[~finite], equal_nan=True) or not np.isfinite(y[finite]).all():
-            return float("inf")
-        if finite.any():
-            scale = float(np.abs(x[finite]).max())
-            worst = max(worst, float(np.abs(x[finite] - y[finite]).max()) / (scale or 1.0))
-    return worst
+    expected = outputs(model, example_inputs)
+    exported = export(model, example_inputs, optimize=True, dynamic_shapes=dynamic_shapes)
+    given = feeds(exported, example_inputs)
+    return Candidate(exported, weights, kept, given, expected, tolerance(type_names(model)))
+
+
+def type_names(model: nn.Module) -> set[str]:
+    """Names of the types of a module's parameters."""
+    return {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
 
 
 def _reason(error: BaseException) -> str:
@@ -178,6 +195,3 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error).split())[:500] or type(error).__name__
-
-
-__all__ = ["arguments", "difference", "evaluating", "export", "feeds", "outputs", "unwrap"]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -21,7 +22,10 @@ FILE = "onnxprune.pt"
 
 
 class HuggingFaceCallback(TrainerCallback):
-    """Moves a pruner's schedule from the Trainer's epochs (the first is 1) and optimizer steps.
+    """Moves a pruner's schedule with the Trainer: `update_epoch` at the end of each epoch, `step` after each step.
+
+    Epochs are counted from 1, as in the loop `train(model); pruner.update_epoch(epoch)`; what the Trainer evaluates and
+    saves at the end of an epoch is the pruned model. An epoch that is cut short counts.
 
     Checkpoints hold the pruner's state beside the model's. Training that resumes from one goes on with its masks, and
     `load_best_model_at_end` ends with those of the best.
@@ -37,7 +41,7 @@ class HuggingFaceCallback(TrainerCallback):
         self.checkpoint = checkpoint
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Take up the masks of the checkpoint that training resumes from.
+        """Take up the masks of the checkpoint that training resumes from; one of a whole epoch's last step is older.
 
         Raises:
             PruneError: it holds none.
@@ -46,10 +50,11 @@ class HuggingFaceCallback(TrainerCallback):
             raise PruneError("the callback's pruner has no model yet; call pruner(model) before the training starts")
         if state.global_step:
             self._load(Path(self.checkpoint or args.resume_from_checkpoint or _usual(args, state)))
+            self.pruner.catch_up(int(state.epoch or 0))
 
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Move schedules that count epochs."""
-        self.pruner.update_epoch(int(state.epoch or 0) + 1)
+        self.pruner.update_epoch(math.ceil(state.epoch or 0))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Move schedules that count optimizer steps: once per step, however many batches it accumulates."""

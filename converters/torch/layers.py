@@ -61,6 +61,11 @@ class Site:
                 f"parameter '{self.name}' is no longer in the model: the model was deleted, or the parameter "
                 "replaced by something else; call the pruner with the model again"
             )
+        if value.is_meta:
+            raise PruneError(
+                f"parameter '{self.name}' {list(value.shape)} went to the meta device and has no values any more; load "
+                "the model again, and call the pruner with it"
+            )
         return value
 
     @property

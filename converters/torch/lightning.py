@@ -15,7 +15,11 @@ from .pruners import TorchPruner
 
 
 class LightningCallback(Callback):
-    """Moves a pruner's schedule from the Trainer's epochs (the first is 1) and optimizer steps.
+    """Moves a pruner's schedule with the Trainer: `update_epoch` at the end of each epoch, `step` after each step.
+
+    Epochs are counted from 1 (Lightning's `current_epoch` from 0), as in the loop `train(model);
+    pruner.update_epoch(epoch)`. Lightning validates before an epoch ends: it measures the model as it was trained, and
+    checkpoints at the end of an epoch hold the pruned one.
 
     Checkpoints hold the pruner's state; training that resumes from one goes on with its masks.
 
@@ -29,7 +33,7 @@ class LightningCallback(Callback):
         self._steps = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count steps from here.
+        """Count steps from here, and go on where a checkpoint was written before its epoch's end.
 
         Raises:
             PruneError: the pruner has no model.
@@ -37,8 +41,9 @@ class LightningCallback(Callback):
         if not self.pruner.weights:
             raise PruneError("the callback's pruner has no model yet; call pruner(module) before the training starts")
         self._steps = trainer.global_step
+        self.pruner.catch_up(trainer.current_epoch)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Move schedules that count epochs."""
         self.pruner.update_epoch(trainer.current_epoch + 1)
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from onnxprune.api import note
 from onnxprune.errors import PruneError
 from onnxprune.graph.masks import Masks
-from onnxprune.graph.model import Model
+from onnxprune.graph.weights import Skipped, Weight
 
 from ..bridge import Bridge
-from . import deploy, distributed, exporting, layers
+from ..deploy import Exported
+from . import distributed, exporting, layers
 from .binding import bind
-from .deploy import Exported
 from .hold import Holder, Place
 from .layers import Site
 
@@ -29,7 +28,6 @@ class TorchPruner(Bridge):
     def __init__(self, config_list: Any, **options: Any) -> None:
         """See `onnxprune.Pruner`."""
         super().__init__(config_list, **options)
-        self._holder: Holder | None = None
         self._module: nn.Module | None = None
         self._places: dict[str, Place] = {}
         self._examples: Any = None
@@ -50,20 +48,9 @@ class TorchPruner(Bridge):
         """
         module = exporting.unwrap(model)
         if example_inputs is None:
-            weights, skipped = layers.find(module)
-        else:
-            binding = bind(module, example_inputs)
-            weights, skipped = list(binding.weights), list(binding.skipped)
-        try:
-            self.config.assign(weights)
-        except PruneError as error:
-            reasons = "; ".join(f"'{s.name}' is left alone: {s.reason}" for s in skipped[:8])
-            raise PruneError(f"{error}{f'; {reasons}' if reasons else ''}") from None
-        self.remove()
-        self._holder, self._module, self._examples = Holder(module), module, example_inputs
-        self._places = {w.name: w.storage.place for w in weights if isinstance(w.storage, Site)}
-        self._attach(weights, skipped)
-        return self
+            return self._start(module, *layers.find(module))
+        binding = bind(module, example_inputs)
+        return self._start(module, binding.weights, binding.skipped, example_inputs)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the schedule is and what is pruned: numbers, and boolean tensors by parameter name (True is kept)."""
@@ -87,12 +74,6 @@ class TorchPruner(Bridge):
         if self._holder is not None:
             self._holder.apply()
 
-    def remove(self) -> None:
-        """Stop holding the masks: what is left is a plain model with zeros in it."""
-        if self._holder is not None:
-            self._holder.remove()
-            self._holder = None
-
     def export(
         self, path: str | os.PathLike[str], example_inputs: Any = None, *, dynamic_shapes: Any = None
     ) -> Exported:
@@ -108,7 +89,8 @@ class TorchPruner(Bridge):
 
         Raises:
             PruneError: the exporter fails, a pruned entry is not zero in the file, or onnxruntime disagrees with the
-                module by more than 1e-4 of the output's scale. Nothing was written.
+                module by more than 1e-4 of the output's scale (16 units in the last place of float16), or cannot run
+                what is computed in bfloat16. Nothing was written.
         """
         module = self._module
         if module is None:
@@ -120,12 +102,22 @@ class TorchPruner(Bridge):
                 "keyword arguments"
             )
         self.apply()
-        report = self.report
+        return self._write(exporting.candidate(module, inputs, self.weights, self._kept, dynamic_shapes), path)
 
-        def record(exported: Model) -> None:
-            note(exported, self.config, report, self.clock)
-
-        return deploy.write(module, inputs, path, self.weights, self._kept, report, record, dynamic_shapes)
+    def _start(
+        self, module: nn.Module, weights: Sequence[Weight], skipped: Sequence[Skipped], example_inputs: Any = None
+    ) -> TorchPruner:
+        """Take charge of a module whose weights are known."""
+        self._check(weights, skipped)
+        self.remove()
+        self._holder, self._module, self._examples = Holder(module), module, example_inputs
+        self._places = {w.name: w.storage.place for w in weights if isinstance(w.storage, Site)}
+        try:
+            self._attach(weights, skipped)
+        except PruneError:
+            self.remove()
+            raise
+        return self
 
     def _hold(self, kept: Mapping[str, np.ndarray]) -> None:
         if distributed.active():
@@ -133,10 +125,6 @@ class TorchPruner(Bridge):
             self.masks = Masks(kept)
         if self._holder is not None:
             self._holder.hold({self._places[name]: mask for name, mask in kept.items()})
-
-    def _due(self) -> None:
-        if self._holder is not None:
-            super()._due()
 
 
 class LevelPruner(TorchPruner):

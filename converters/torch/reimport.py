@@ -9,17 +9,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from onnxprune import config as configuration
 from onnxprune.errors import PruneError
 from onnxprune.graph.model import Model, ModelSource, load
 from onnxprune.graph.weights import Weight, check_finite, find
 
+from ..deploy import difference, tolerance
 from ..match import Match, match
+from ..reimport import resumed
 from . import exporting
 from .binding import Binding, bind
 from .pruners import AGPPruner, LevelPruner, SensitivityPruner, TorchPruner
 
-PRUNERS: Mapping[str, type[TorchPruner]] = {"level": LevelPruner, "agp": AGPPruner, "sensitivity": SensitivityPruner}
+PRUNERS: dict[str, type[TorchPruner]] = {"level": LevelPruner, "agp": AGPPruner, "sensitivity": SensitivityPruner}
 
 
 def reimport(model: nn.Module, source: ModelSource, example_inputs: Any, config_list: Any = None) -> TorchPruner:
@@ -50,13 +51,13 @@ def reimport(model: nn.Module, source: ModelSource, example_inputs: Any, config_
     for weight in theirs:
         check_finite(weight, weight.values())
     matches = match(binding.weights, theirs)
-    pruner = _pruner(binding, matches, config_list)
+    pruner = resumed(PRUNERS, binding.weights, {name: one.keep for name, one in matches.items()}, config_list)
     carried = _carried(binding, matches, file)
     places = {w.name: w.storage for w in binding.weights} | {name: place for name, (place, _) in carried.items()}
     before = {name: np.array(place.read()) for name, place in places.items()}
     try:
         _write(carried)
-        pruner(module, example_inputs)
+        pruner._start(module, binding.weights, binding.skipped, example_inputs)
         if all(one.values is not None for one in matches.values()):
             own = sorted(set(binding.names.values()) - carried.keys())
             _compare(module, source, file, theirs, example_inputs, own)
@@ -64,25 +65,6 @@ def reimport(model: nn.Module, source: ModelSource, example_inputs: Any, config_
         pruner.remove()
         _write({name: (places[name], values) for name, values in before.items()})
         raise
-    return pruner
-
-
-def _pruner(binding: Binding, matches: Mapping[str, Match], config_list: Any) -> TorchPruner:
-    """A pruner that knows the file's masks; under the user's configuration lies one that only holds them."""
-    held = [n for n, one in matches.items() if not one.keep.all()]
-    rest = [w.name for w in binding.weights if w.name in matches and w.op_type != "Embedding"]
-    base = [{"op_names": held if config_list is not None else list(dict.fromkeys(rest + held)), "sparsity": 0.0}]
-    if config_list is None:
-        pruner: TorchPruner = LevelPruner(base)
-    else:
-        pruner = PRUNERS[configuration.load(config_list).pruner](config_list)
-        user = pruner.config
-        user.assign(binding.weights)
-        if held:
-            under = configuration.load(base, pruner=user.pruner)
-            entries, origin = (*under.entries, *user.entries), [*under.source, *user.source]
-            pruner.config = configuration.Config(pruner=user.pruner, entries=entries, source=origin)
-    pruner.load_state_dict({"epoch": 0, "step": 0, "masks": {name: matches[name].keep for name in held}})
     return pruner
 
 
@@ -131,12 +113,11 @@ def _compare(
 
     if any(w.dtype.kind in "iu" for w in theirs):
         return
-    narrow = any(w.dtype.itemsize < 4 for w in theirs) or any(p.element_size() < 4 for p in module.parameters())
-    allowed = 1e-2 if narrow else 1e-4
+    allowed = tolerance({*exporting.type_names(module), *(w.dtype.name for w in theirs)})
     session = open_session(source, label="the pruned file")
     types = {given.name: given.dtype for given in session.inputs}
     feeds = {n: a.astype(types[n]) if _real(a) else a for n, a in exporting.feeds(file, example_inputs).items()}
-    found = exporting.difference(exporting.outputs(module, example_inputs), session.run(feeds))
+    found = difference(exporting.outputs(module, example_inputs), session.run(feeds))
     if not found <= allowed:
         listed = ", ".join(kept[:6] + ["..."] * (len(kept) > 6))
         own = f" These tensors kept the module's values, because the file does not name them: {listed}." if kept else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import onnx
@@ -40,6 +41,7 @@ def prepare(model: Model) -> Model:
             copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in kept]
             del graph.node[:]
             graph.node.extend(copies)
+    _unshare(proto)
     proto.ir_version = max(proto.ir_version, 4)  # before, initializers had to be inputs too
     inside = {tensor.name for tensor in proto.graph.initializer}
     free = [value for value in proto.graph.input if value.name not in inside]
@@ -52,6 +54,33 @@ def prepare(model: Model) -> Model:
             graph_.ClearField("value_info")
     _read_small(proto, model)
     return open_proto(proto, model.folder, model.path)
+
+
+def _unshare(proto: onnx.ModelProto) -> None:
+    """Give every reader of a vector its own copy: exporters merge equal ones, and that would tie what has it."""
+    vectors = {t.name: (graph, t) for graph in subgraphs(proto) for t in graph.initializer if _is_vector(t)}
+    taken = {name for graph in subgraphs(proto) for node in graph.node for name in (*node.input, *node.output)}
+    taken |= {tensor.name for graph in subgraphs(proto) for tensor in graph.initializer}
+    seen: set[str] = {value.name for graph in subgraphs(proto) for value in graph.output}
+    for graph in subgraphs(proto):
+        for node in graph.node:
+            for index, name in enumerate(node.input):
+                if name not in vectors:
+                    continue
+                if name in seen:
+                    home, tensor = vectors[name]
+                    copy = next(c for c in (f"{name}_{i}" for i in itertools.count(2)) if c not in taken)
+                    taken.add(copy)
+                    home.initializer.add().CopyFrom(tensor)
+                    home.initializer[-1].name = node.input[index] = copy
+                seen.add(name)
+
+
+def _is_vector(tensor: TensorProto) -> bool:
+    return len(tensor.dims) == 1 and tensor.dims[0] > 1 and tensor.data_type in _REAL
+
+
+_REAL = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
 
 
 def skeleton(model: Model) -> onnx.ModelProto:
