@@ -108,8 +108,8 @@ def _held(group: Group, held: Mapping[str, np.ndarray]) -> np.ndarray | None:
         mask = held.get(member.name)
         if mask is None:
             return None
-        lines = ~np.moveaxis(mask, member.axis, 0).reshape(mask.shape[member.axis], -1).any(1)
-        gone &= lines[member.places].all(1)
+        lines = np.moveaxis(mask, member.axis, 0).reshape(mask.shape[member.axis], -1)
+        gone &= ~lines[member.places].any((1, 2))
     return gone
 
 

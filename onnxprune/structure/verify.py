@@ -35,10 +35,9 @@ def difference(masked: Model, shrunk: Model, shapes: Mapping[str, Sequence[int]]
     from onnxprune.runtime.session import open_session
 
     with contextlib.ExitStack() as stack:
-        sessions = []
-        for model in (masked, shrunk):
-            sessions.append(open_session(stack.enter_context(model.stage(None)).path))
-        feed, _ = random_feeds(masked.proto, shapes, SEED, inputs=sessions[0].inputs)
+        paths = [stack.enter_context(model.stage(None)).path for model in (masked, shrunk)]
+        sessions = [open_session(path) for path in paths]
+        feed, _ = random_feeds(paths[0], shapes, SEED, inputs=sessions[0].inputs)
         results = [session.run(feed) for session in sessions]
     worst = 0.0
     for name, left, right in zip(sessions[0].outputs, *results, strict=True):
