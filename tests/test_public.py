@@ -38,6 +38,7 @@ FLOORS = {
     "algorithms": 2,  # with config: entries name patterns, scores and allocations
     "config": 2,
     "runtime": 3,
+    "structure": 4,
     "sensitivity": 4,
     "inspection": 4,
     "api": 5,
