@@ -115,6 +115,26 @@ CASES = {
         {"w": ones(20, 5), "from": np.array([4]), "to": np.array([12])},
         4 * 8 * 5,
     ),
+    "deformable conv": (
+        "g (float[1,2,3,3] x, float[1,8,2,2] o) => (float[1,3,2,2] y) {y = DeformConv<kernel_shape=[2, 2]>(x, w, o)}",
+        {"w": ones(3, 2, 2, 2)},
+        4 * 24,
+    ),
+    "einsum": (
+        'g (float[5,16] x) => (y) {y = Einsum<equation="bi,io->bo">(x, w)}',
+        {"w": ones(16, 10)},
+        5 * 160,
+    ),
+    "einsum to heads": (
+        'g (float[2,3,4] x) => (y) {y = Einsum<equation="abc,cde->abde">(x, w)}',
+        {"w": ones(4, 5, 6)},
+        6 * 120,
+    ),
+    "einsum per head, the weight first": (
+        'g (float[2,3,4] x) => (y) {y = Einsum<equation="hoi,bhi->bho">(w, x)}',
+        {"w": ones(3, 5, 4)},
+        2 * 60,
+    ),
     "quantised conv": (
         """g (uint8[1,3,8,8] x) => (y) {
             y = QLinearConv(x, one, zero, w, one, mid, one, zero)

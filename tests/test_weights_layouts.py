@@ -120,6 +120,54 @@ MOVES = [
     matmul(
         "Split equal without a count", "U, V = Split<axis=0>(W)", "1111 1111 1111 1111 0100 0001", pi(6, 4), opset=13
     ),
+    matmul(
+        "SplitToSequence sizes",
+        "q = SplitToSequence<axis=-1>(W, s) V = SequenceAt(q, i)",
+        "011111 001111 111111",
+        pi(3, 6),
+        n=2,
+        s=ints(2, 4),
+        i=I64(0).reshape(()),
+    ),
+    matmul(
+        "SplitToSequence of one size, the rest smaller",
+        "q = SplitToSequence(W, s) V = SequenceAt(q, i)",
+        "1111 1111 1111 1111 1111 1111 0101",
+        pi(7, 4),
+        k=1,
+        s=I64(3).reshape(()),
+        i=I64(2).reshape(()),
+    ),
+    matmul(
+        "SplitToSequence from the end",
+        "q = SplitToSequence<axis=1>(W, s) V = SequenceAt(q, i)",
+        "111111001111 111101001111 111101111111",
+        pi(3, 12),
+        s=I64(4).reshape(()),
+        i=I64(-2).reshape(()),
+    ),
+    matmul(
+        "SplitToSequence singles",
+        "q = SplitToSequence(W) U = SequenceAt(q, i) V = Squeeze(U, a)",
+        "0101 0100 1110 1111 1111 1111",
+        pi(2, 3, 4),
+        i=I64(0).reshape(()),
+        a=ints(0),
+    ),
+    matmul(
+        "SplitToSequence singles without their axis",
+        "q = SplitToSequence<axis=1, keepdims=0>(W) V = SequenceAt(q, i)",
+        "0101 1111 0100 1111 1110 1111",
+        np.stack([pi(3, 4), pi(3, 4)], 1),
+        i=I64(0).reshape(()),
+    ),
+    matmul(
+        "SequenceConstruct",
+        "U = Transpose(W) q = SequenceConstruct(U, U) V = SequenceAt(q, i)",
+        "000 111 001 110",
+        pi(4, 3),
+        i=I64(1).reshape(()),
+    ),
     matmul("Gather rows", "V = Gather(W, i)", "0101 1111 1111 0111 0100", pi(5, 4), i=ints(4, 0, -2)),
     matmul(
         "Gather columns", "V = Gather<axis=1>(W, i)", "10101 10101 10101", pi(3, 5), i=np.array([3, 1, 0, 4], np.int32)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import numpy as np
+import onnx
 import pytest
 from nets import Net, Operand, parse, pi
 from weight_oracle import check
+
+from onnxprune import prune
 
 F32 = np.float32
 I64 = np.int64
@@ -236,3 +241,37 @@ PARTS = [
 @pytest.mark.parametrize("net", PARTS, ids=lambda net: net.id)
 def test_parts(net):
     check(net)
+
+
+def shuffled(pieces: list[tuple[int, int]], order: list[int], whole: bool = False) -> onnx.ModelProto:
+    """Products with column slices of one matrix, whose nodes stand in a given order."""
+    nodes = []
+    for i in order:
+        nodes.append(f"V{i} = Slice(W, b{i}, e{i}, axes) y{i} = MatMul(x, V{i})")
+    nodes.insert(len(nodes) // 2, "all = MatMul(x, W)" if whole else "")
+    names = [f"y{i}" for i in range(len(pieces))] + ["all"] * whole
+    outputs = ", ".join(f"float[2,n{name}] {name}" for name in names)
+    bounds = {f"{end}{i}": ints(piece[k]) for i, piece in enumerate(pieces) for k, end in enumerate("be")}
+    rng = np.random.default_rng(0)
+    weight = rng.choice([-2, -1, 1, 2], (5, 9)).astype(F32)
+    return parse(f"(float[2,5] x) => ({outputs}) {{ {' '.join(nodes)} }}", W=weight, axes=ints(1), **bounds)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [(0, 3), (3, 6), (6, 9)],
+        [(0, 2), (2, 4), (7, 9)],
+        [(0, 5), (3, 8), (6, 9)],  # overlapping
+        [(0, 2), (0, 9), (4, 6)],  # one inside the other
+    ],
+    ids=str,
+)
+def test_ties_do_not_depend_on_the_order_of_operators(pieces, whole):
+    config = [{"sparsity": 0.5}]
+    masks = [prune(shuffled(pieces, list(order), whole), config).masks for order in permutations(range(3))]
+    assert all(other == masks[0] for other in masks)
+    gone = masks[0]["W"].size - int(masks[0]["W"].sum())
+    read = 9 if whole else len({c for piece in pieces for c in range(*piece)})
+    assert gone == int(5 * read * 0.5)

@@ -63,6 +63,24 @@ REFUSED = {
         ),
         ("W", "MatMulNBits", "its weights are packed in 2 to 8 bits per block"),
     ),
+    "Einsum of a diagonal": (
+        parse('(float[2,3] x) => (float[2,3] y) { y = Einsum<equation="bi,ii->bi">(x, W) }', W=pi(3, 3)),
+        ("W", "Einsum", "Einsum 'bi,ii->bi' does not multiply its operand 1 as a matrix"),
+    ),
+    "Einsum with a sum of its own": (
+        parse('(float[2,3] x) => (float[2,3] y) { y = Einsum<equation="bi,ik->bi">(x, W) }', W=pi(3, 4)),
+        ("W", "Einsum", "Einsum 'bi,ik->bi' does not multiply its operand 1 as a matrix"),
+    ),
+    "Einsum of any rank": (
+        parse('(float[2,3] x) => (float[2,4] y) { y = Einsum<equation="...i,...io->...o">(x, W) }', W=pi(2, 3, 4)),
+        ("W", "Einsum", "Einsum '...i,...io->...o' does not multiply its operand 1 as a matrix"),
+    ),
+    "Einsum of three": (
+        parse(
+            '(float[2,3] x, float[2,4] z) => (float[2] y) { y = Einsum<equation="bi,io,bo->b">(x, W, z) }', W=pi(3, 4)
+        ),
+        ("W", "Einsum", "Einsum 'bi,io,bo->b' has 3 operands"),
+    ),
     "int32": (
         parse("(int32[2,3] x) => (int32[2,4] y) { y = MatMul(x, W) }", W=pi(3, 4, dtype=np.int32)),
         ("W", "MatMul", "its type INT32 cannot be pruned"),

@@ -104,9 +104,8 @@ def booleans(arrays: Iterable[Array]) -> list[Array]:
     ends = np.cumsum([array.size for array in arrays])
     pieces = []
     for array, end in zip(arrays, ends.tolist(), strict=True):
-        axes = _memory_order(array)
-        piece = whole[end - array.size : end].reshape([array.shape[axis] for axis in axes])
-        pieces.append(piece.transpose(np.argsort(axes)) if axes else piece)
+        strides = np.empty_like(array, dtype=bool, subok=False).strides
+        pieces.append(np.lib.stride_tricks.as_strided(whole[end - array.size : end], array.shape, strides))
     return pieces
 
 
@@ -226,11 +225,6 @@ class _Bag:
             self.keys[self.size : end], self.places[self.size : end], self.size = keys, places, end
 
 
-def _memory_order(array: Array) -> tuple[int, ...]:
-    """The axes, that of the largest strides first."""
-    return tuple(np.argsort([-abs(stride) for stride in array.strides], kind="stable").tolist())
-
-
 def _kind(array: Array) -> str:
     return f"{array.dtype}{list(array.shape)}"
 
@@ -260,7 +254,7 @@ def _parts(scores: Sequence[Array], held: Sequence[Array | None], results: Seque
     for index, (score, mask, result) in enumerate(zip(scores, held, results, strict=True)):
         if score.flags.c_contiguous and (mask is None or mask.flags.c_contiguous):  # one axis is the fastest to walk
             score, result, mask = score.reshape(-1), result.reshape(-1), None if mask is None else mask.reshape(-1)
-        axes = _memory_order(score)
+        axes = tuple(np.argsort([-abs(stride) for stride in score.strides], kind="stable").tolist())
         score, result = np.atleast_1d(score.transpose(axes), result.transpose(axes))
         mask = None if mask is None else np.atleast_1d(mask.transpose(axes))
         parts.append(_Part(index, first, axes, score, mask, result, dtype))

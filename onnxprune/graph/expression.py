@@ -208,6 +208,20 @@ def split(x: Array, sizes: Sequence[int] | None, count: int, axis: int, index: i
     return x[tuple(where)]
 
 
+def entry(x: Array, sizes: Array | None, index: int, *, axis: int = 0, keepdims: int = 1) -> Array:
+    """Entry `index` of a SplitToSequence: of sizes given one by one, of one size (the last one smaller), or single."""
+    length = x.shape[axis]
+    if sizes is None and not keepdims:
+        single: Array = np.moveaxis(x, axis, 0)[index]
+        return single
+    if sizes is None or sizes.ndim == 0:
+        step = 1 if sizes is None else int(sizes)
+        cut = [min(step, length - start) for start in range(0, length, step)]
+    else:
+        cut = [int(size) for size in sizes]
+    return split(x, cut, len(cut), axis, range(len(cut))[index])
+
+
 # ---------------------------------------------------------------- scales
 
 

@@ -108,6 +108,9 @@ def _applications(use: Use, site: Site, operand: tuple[int, ...], width: int) ->
         operand: shape of the weight operand.
         width: its inputs, in role order: the length of the sums.
     """
+    if use.op_type == "DeformConv":  # as many positions as there are offsets: ONNX does not infer its result
+        offsets = _known(site.inputs[2], site.names[2])
+        return offsets[0] * math.prod(offsets[2:])
     if use.op_type in CONVOLUTIONS:
         result = _known(site.result, site.output)
         return result[0] * math.prod(result[2:])
@@ -121,6 +124,10 @@ def _applications(use: Use, site: Site, operand: tuple[int, ...], width: int) ->
         return data[0] * data[1]
     if use.op_type in PROJECTIONS:
         return math.prod(data[:-1])
+    if use.op_type == "Einsum" and use.site is not None:
+        terms = use.scope.attributes(use.site)["equation"].replace(" ", "").partition("->")[0].split(",")
+        width = math.prod(n for n, letter in zip(operand, terms[use.operand], strict=True) if letter in terms[other])
+        operand = operand[:2]
     if math.prod(data) % width:
         raise UnknownMacsError(f"'{site.names[other]}' of shape {list(data)} does not fit it")
     if len(operand) <= 2:

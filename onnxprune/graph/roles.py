@@ -88,6 +88,38 @@ def _left(x: Array, attributes: Mapping[str, Any]) -> Array:
     return x.reshape(-1, x.shape[-1])
 
 
+def _einsum(index: int) -> View:
+    """An operand of an Einsum of two, as the MatMul's right one that it stands for.
+
+    Axes that it shares with the other operand alone are summed over: inputs. Those it shares with the result alone are
+    outputs, after those that all three have: each of these positions has outputs of its own, as in a batch of matrices.
+    """
+
+    def view(x: Array, attributes: Mapping[str, Any]) -> Array:
+        equation = str(attributes["equation"]).replace(" ", "")
+        left, arrow, result = equation.partition("->")
+        terms = left.split(",")
+        if len(terms) != 2:
+            raise ValueError(f"Einsum '{equation}' has {len(terms)} operands, and only two of them make a product")
+        ours, other = terms[index], terms[1 - index]
+        if not arrow:
+            result = "".join(letter for letter in left if left.count(letter) == 1)
+        shared, inputs, outputs = (
+            [axis for axis, letter in enumerate(ours) if (letter in other, letter in result) == where]
+            for where in ((True, True), (True, False), (False, True))
+        )
+        if "." in ours or len(set(ours)) < len(ours) or len(shared + inputs + outputs) < len(ours):
+            raise ValueError(f"Einsum '{equation}' does not multiply its operand {index} as a matrix")
+        moved = x.transpose(shared + inputs + outputs)
+        batch, rows = moved.shape[: len(shared)], moved.shape[len(shared) : len(shared + inputs)]
+        size = int(np.prod(rows, dtype=np.int64))
+        return _right(
+            moved.reshape(*batch, size, int(np.prod(moved.shape[len(shared + inputs) :], dtype=np.int64))), {}
+        )
+
+    return view
+
+
 def _fused(flag: str, batch_flag: str, plain: View, swapped: View) -> View:
     def view(x: Array, attributes: Mapping[str, Any]) -> Array:
         if attributes.get(batch_flag, 0) and x.ndim > 2:  # (K, ..., N) stands for (..., K, N)
@@ -111,8 +143,10 @@ CONTRIB = "com.microsoft"
 ROLES: dict[tuple[str, str], tuple[Role, ...]] = {
     ("", "Conv"): (Role(1, _conv),),
     ("", "ConvTranspose"): (Role(1, _conv_transpose),),
+    ("", "DeformConv"): (Role(1, _conv),),
     ("", "Gemm"): _GEMM,
     ("", "MatMul"): _MATMUL,
+    ("", "Einsum"): (Role(1, _einsum(1)), Role(0, _einsum(0)), Role(2, _einsum(2))),
     ("", "LSTM"): _RECURRENT,
     ("", "GRU"): _RECURRENT,
     ("", "RNN"): _RECURRENT,

@@ -16,48 +16,23 @@ from onnxprune.errors import PruneError
 from onnxprune.graph import expression as ex
 from onnxprune.graph.loops import bodies, unchanged_state
 from onnxprune.graph.roles import CONTRIB, Role
+from onnxprune.graph.scope import MAIN, Scope
 
 NONDETERMINISTIC = {"RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout"}
 
-RESHAPING = ex.MOVES.keys() - {"Concat", "Gather"} | {"Split", "Cast", "CastLike", "DequantizeLinear"}
+RESHAPING = ex.MOVES.keys() - {"Concat", "Gather"} | {
+    "Split",
+    "SplitToSequence",
+    "SequenceAt",
+    "Cast",
+    "CastLike",
+    "DequantizeLinear",
+}
 """Operators whose result is their first operand, moved or converted; a Gather at run time is a look-up."""
 
 
 class Untraceable(Exception):  # noqa: N818  (a finding, not an error)
     """A constant operand that cannot be followed to a stored tensor; the text is the reason a user reads."""
-
-
-@dataclass(frozen=True)
-class Scope:
-    """A function call on the way to a node: formal inputs and referenced attributes are looked up here."""
-
-    call: ir.Node | None = None
-    function: ir.Function | None = None
-    parent: Scope | None = None
-
-    @property
-    def path(self) -> str:
-        """Names of the calls, outermost first; empty in the main graph."""
-        if self.call is None or self.parent is None:
-            return ""
-        return "/".join(filter(None, (self.parent.path, self.call.name or self.call.op_type)))
-
-    def attribute(self, attribute: ir.Attr) -> Any:
-        """An attribute's value; one that refers to the function's own is taken from the call."""
-        if not attribute.is_ref():
-            return attribute.value
-        if self.call is None or self.function is None or self.parent is None:
-            return None
-        given = self.call.attributes.get(str(attribute.ref_attr_name))
-        if given is not None:
-            return self.parent.attribute(given)
-        default = self.function.attributes.get(str(attribute.ref_attr_name))
-        return None if default is None else default.value
-
-    def attributes(self, node: ir.Node) -> dict[str, Any]:
-        """A node's attributes by name; references with no value are left out."""
-        values = {name: self.attribute(attribute) for name, attribute in node.attributes.items()}
-        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +45,7 @@ class Use:
     expression: ex.Expression
     view: Callable[[np.ndarray], np.ndarray]
     site: ir.Node | None = None
-    scope: Scope = Scope()
+    scope: Scope = MAIN
 
 
 class Tracer:
@@ -176,6 +151,8 @@ class Tracer:
                 index=int(value.index() or 0),
             )
             return ex.Move(apply, (self.trace(node.inputs[0], scope),))
+        if op == "SequenceAt":
+            return self._entry(node, scope)
         if op in {"Cast", "CastLike"}:
             return self._cast(node, scope, attributes)
         if op in {"Mul", "Div"}:
@@ -219,6 +196,19 @@ class Tracer:
             return ex.Move(partial(function, **attributes), tuple(self.trace(v, scope) for v in node.inputs))
         sides = [self._side(node, i, scope) for i in range(1, len(node.inputs))]
         return ex.Move(lambda x: function(x, *sides, **attributes), (self.trace(node.inputs[0], scope),))
+
+    def _entry(self, node: ir.Node, scope: Scope) -> ex.Expression:
+        """An entry of a sequence, as torch exports the projections of cross-attention."""
+        resolved = self._resolve(node.inputs[0], scope)
+        assert resolved is not None
+        maker, within = resolved[0].producer(), resolved[1]
+        index = int(self.constant(node.inputs[1], scope))
+        if maker is not None and maker.op_type == "SequenceConstruct":
+            return self.trace(maker.inputs[index], within)
+        if maker is None or maker.op_type != "SplitToSequence":
+            raise Untraceable(f"it is an entry of a sequence made by {maker and maker.op_type}, which has no rule")
+        apply = partial(ex.entry, sizes=self._side(maker, 1, within), index=index, **within.attributes(maker))
+        return ex.Move(apply, (self.trace(maker.inputs[0], within),))
 
     def _cast(self, node: ir.Node, scope: Scope, attributes: dict[str, Any]) -> ex.Expression:
         target = int(attributes["to"]) if node.op_type == "Cast" else self.constant(node.inputs[1], scope).dtype

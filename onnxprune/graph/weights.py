@@ -8,7 +8,7 @@ weight however many operators read it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Protocol
 
@@ -19,7 +19,8 @@ from onnxprune.errors import PruneError
 from onnxprune.graph import expression as ex
 from onnxprune.graph.model import Model
 from onnxprune.graph.roles import OPAQUE, ROLES, Role
-from onnxprune.graph.trace import Scope, Tracer, Untraceable, Use
+from onnxprune.graph.scope import Scope
+from onnxprune.graph.trace import Tracer, Untraceable, Use
 
 FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 INTEGERS = {
@@ -54,7 +55,7 @@ class Weight:
         shape: as stored.
         dtype: as stored.
         storage: where the values are.
-        uses: the operands it feeds.
+        uses: the operands it feeds, by the first stored element that each reads.
         leaf: its leaf in the uses' expressions.
     """
 
@@ -104,13 +105,19 @@ class Weight:
         return use.view(ex.push(use.expression, lambda leaf: stored))
 
     def stored(self, role: np.ndarray, fill: object = True) -> np.ndarray:
-        """An array in role order in the stored shape; elements no operand reads are `fill`."""
+        """An array in role order in the stored shape; elements no operand reads are `fill`.
+
+        It is the same memory where that is laid out as the weight is stored.
+        """
         if self._places is not None:
             out = np.full(self.shape, fill, role.dtype)
             out.reshape(-1)[self._places] = role
         else:
             out = np.empty(self.shape, role.dtype)
-            self.role(out)[...] = role
+            view = self.role(out)
+            if view.shape == role.shape and _strides(view) == _strides(role) and view.ctypes.data == out.ctypes.data:
+                return np.lib.stride_tricks.as_strided(role, out.shape, out.strides)
+            view[...] = role
         return out
 
     def zero(self) -> np.ndarray | None:
@@ -148,20 +155,32 @@ class Weight:
                 return False
         return True
 
+    def extent(self, use: Use) -> tuple[int, int]:
+        """The first stored element that a use reads, and minus how many: uses sort alike however a graph is ordered."""
+        if self._whole(use):
+            return 0, -int(np.prod(self.shape, dtype=np.int64))
+        read = np.unique(ex.push(use.expression, self._indices))
+        read = read[read >= 0]
+        return (int(read[0]), -read.size) if read.size else (0, 0)
+
+    def _whole(self, use: Use) -> bool:
+        """Whether a use reads every element once, as a numpy view of the stored array."""
+        if sum(1 for _ in ex.leaves(use.expression)) != 1:
+            return False
+        small = np.prod(self.shape, dtype=np.int64) < 2**16
+        probe = np.empty(self.shape, np.bool_) if small else _untouched(self.shape)
+        view = use.view(ex.push(use.expression, lambda leaf: probe))
+        alias = view.flags.writeable and np.may_share_memory(view, probe)  # Expand's broadcast is read-only
+        return bool(view.size == probe.size and alias and 0 not in _strides(view))
+
     @cached_property
     def _places(self) -> np.ndarray | None:
         """Stored position of every element in role order; None where a numpy view gives it."""
-        marker = np.broadcast_to(np.bool_(False), self.shape)
-        use = self.uses[0]
-        if sum(1 for _ in ex.leaves(use.expression)) == 1:
-            probe = np.empty(self.shape, np.bool_) if marker.size < 2**16 else _untouched(self.shape)
-            view = use.view(ex.push(use.expression, lambda leaf: probe))
-            alias = view.flags.writeable and np.may_share_memory(view, probe)  # Expand's broadcast is read-only
-            if view.size == probe.size and alias and 0 not in _strides(view):
-                return None
+        if self._whole(self.uses[0]):
+            return None
         seen: set[tuple[int, ...]] = set()
         parts: list[np.ndarray] = []
-        taken = np.zeros(marker.size, np.bool_)
+        taken = np.zeros(int(np.prod(self.shape, dtype=np.int64)), np.bool_)
         for use in self.uses:
             part = _rectangle(use.view(ex.push(use.expression, self._indices)))
             if part.shape in seen and parts and any(np.array_equal(part, p) for p in parts):
@@ -281,12 +300,11 @@ def find(model: Model) -> tuple[list[Weight], list[Skipped]]:
                 skip(entry.leaf.value, entry.where, uses[0].op_type, reason)
             continue
         name = _unique(str(entry.leaf.value.name), entry.where, taken)
-        types = tuple(dict.fromkeys("Embedding" if use.op_type == "Gather" else use.op_type for use in uses))
         names = frozenset({name, name.rpartition(".")[0], *(use.node for use in uses)}) - {""}
         tensor = entry.leaf.tensor
         storage = TensorStorage(model, tensor)
-        weight = Weight(
-            name, types, names, entry.leaf.shape, np.dtype(tensor.dtype.numpy()), storage, tuple(uses), entry.leaf
+        weight = _in_order(
+            Weight(name, (), names, entry.leaf.shape, np.dtype(tensor.dtype.numpy()), storage, tuple(uses), entry.leaf)
         )
         if weight.zero_everywhere():
             taken.add(name)
@@ -315,7 +333,7 @@ def _operands(tracer: Tracer, node: ir.Node, scope: Scope) -> Iterator[tuple[int
         for role in constant:
             yield role.operand, partial(_table, tracer, node, scope, role)
         return
-    both = key[1] in {"LSTM", "GRU", "RNN", "DynamicQuantizeLSTM"}
+    both = key[1] in {"LSTM", "GRU", "RNN", "DynamicQuantizeLSTM"} or (key[1] == "Einsum" and len(node.inputs) > 2)
     if both or len(constant) == 1:
         for role in constant:
             yield role.operand, partial(tracer.use, node, scope, role)
@@ -358,6 +376,18 @@ def _roles_first(uses: list[Use], tracer: Tracer) -> list[Use]:
     if others:
         gathers = [u for u in gathers if u.site is None or not tracer.is_constant(u.site.inputs[1], u.scope)]
     return others + gathers
+
+
+def _in_order(weight: Weight) -> Weight:
+    """A weight with its uses, and so the elements in role order, in an order that is not that of the operators.
+
+    Uses of the same extent stay in graph order.
+    """
+    uses = weight.uses
+    if len(uses) > 1:
+        uses = tuple(sorted(uses, key=lambda use: (use.op_type == "Gather", *weight.extent(use))))
+    types = dict.fromkeys("Embedding" if use.op_type == "Gather" else use.op_type for use in uses)
+    return replace(weight, op_types=tuple(types), uses=uses)
 
 
 def _unsupported(leaf: ex.Leaf) -> str:
