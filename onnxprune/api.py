@@ -234,8 +234,9 @@ def prune(
             model is lower than 1 - max_drop), `metric` (a callable or 'module:function'),
             `keep_shape` (zero channels in place where the pattern is 'channel' or 'head', instead of cutting them
             out), `verify` (False: do not hold the cut model against the zeroed one in onnxruntime), `align` (channel
-            counts are rounded to multiples of it; what suits the machine unless given), `shapes` (sizes of inputs with
-            open dims), `sparse` (store as sparse_initializer what that makes smaller), `force` (allow output over the
+            counts are rounded to multiples of it; what suits the machine unless given), `compact` (cut out, without
+            changing what is computed, the channels that zeros have made dead), `shapes` (sizes of inputs with open
+            dims), `sparse` (store as sparse_initializer what that makes smaller), `force` (allow output over the
             input), `threads` (of onnxruntime).
 
     Returns:
@@ -271,6 +272,7 @@ def run(
     verify: bool = True,
     align: int | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    compact: bool = False,
 ) -> Result:
     """Prune with a validated configuration: decide, edit, evaluate, gate, write. See `prune`."""
     if max_drop is not None and data is None:
@@ -309,6 +311,11 @@ def run(
     else:
         for weight in governed:
             edit(model, weight, masks)
+    if compact:
+        from onnxprune.structure import compact as dead
+
+        model, plan, difference = dead.compact(model, shapes, align or 1)
+        report = replace(report, groups=plan.groups, difference=difference)
     note(model, config, report, clock)
     if trial is None and target is None:
         return Result(model, masks, report)

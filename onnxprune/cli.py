@@ -122,6 +122,9 @@ def prune(
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not hold the cut model against the zeroed one.")
     ] = False,
+    compact: Annotated[
+        bool, typer.Option("--compact", help="Cut out the channels that zeros have made dead; nothing else changes.")
+    ] = False,
     align: Annotated[
         str, typer.Option(metavar="auto|N", help="Round channel counts to a multiple of what kernels take at once.")
     ] = "auto",
@@ -136,6 +139,8 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Zero the entries of a model's weights that matter least, and show what it cost and what it bought."""
+    if compact and sparsity is None and config is None and pattern is None:
+        sparsity = 0.0
     chosen = _config(sparsity, config, pattern, op_types, op_names, exclude)
     if masks is not None:
         _check_masks(masks, output, model)
@@ -150,7 +155,7 @@ def prune(
             model, chosen, output, data,
             pruner=pruner, score=score, pattern=pattern, allocation=allocation, epoch=epoch,
             max_drop=max_drop, metric=metric, sparse=sparse, force=force, threads=threads,
-            keep_shape=keep_shape, verify=not no_verify, align=_align(align), shapes=shapes,
+            keep_shape=keep_shape, verify=not no_verify, align=_align(align), shapes=shapes, compact=compact,
         )  # fmt: skip
         if masks is not None and result.accepted:
             result.masks.save(masks)
