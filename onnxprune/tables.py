@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from onnxprune.inspection import Inspection, Port, WeightInfo
     from onnxprune.runtime.benchmark import Benchmark, Latency
     from onnxprune.runtime.evaluate import Evaluation
-    from onnxprune.structure import Explanation, PinnedInfo
+    from onnxprune.structure import Explanation, GroupInfo, PinnedInfo
 
 UNKNOWN = "?"
 NOT_FASTER = (
@@ -83,18 +83,14 @@ def channels(report: Report) -> Iterator[RenderableType]:
 
 def explained(explanation: Explanation) -> Iterator[RenderableType]:
     """The groups of a model, and what pins the others."""
-    table = _table("channels of", right=("channels",), last="with them go")
-    for group in explanation.groups:
-        what = (
-            f"{group.size:,}"
-            if group.width == 1
-            else f"{group.size:,} {'heads' if group.heads else ''} of {group.width}"
-        )
-        others = [
-            f"{m.name} ({m.role} axis {m.axis})" for m in group.members if (m.name, m.role) != (group.name, "output")
-        ]
-        table.add_row(_name(group.name), what, _several(others))
-    yield table
+    if explanation.groups:
+        table = _table("channels of", right=("channels",), last="with them go")
+        for group in explanation.groups:
+            what = f"{group.size:,}" if group.width == 1 else f"{group.size:,} of {group.width}"
+            table.add_row(_name(group.name), what + " heads" * group.heads, _along(group))
+        yield table
+    else:
+        yield sentence("No channels of this model can be pruned.")
     if explanation.pinned:
         pinned = _table("pinned", right=("outputs",), last="because")
         reasons: dict[str, list[PinnedInfo]] = {}
@@ -387,6 +383,18 @@ def _bold(*cells: str) -> list[Text]:
 
 def _shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
+
+
+def _along(group: GroupInfo) -> Text:
+    """What goes with the channels of a group: weights by name, biases and norms by number."""
+    parts = []
+    for role in ("output", "input"):
+        names = [member.name for member in group.members if member.role == role]
+        if others := [name for name in names if role == "input" or name != group.name]:
+            parts.append(f"{role}s of {_several(others)}")
+    if count := sum(member.role == "parameter" for member in group.members):
+        parts.append(f"{count} other tensor{'s' if count > 1 else ''}")
+    return _name("; ".join(parts))
 
 
 def _several(names: Sequence[str]) -> Text:

@@ -439,6 +439,15 @@ def _first_seen(flat: np.ndarray) -> np.ndarray:
     return flat[np.sort(first)]
 
 
+def _finite_squares(values: np.ndarray) -> bool:
+    """Whether the sum of squares is finite, which is one fast read; a large value may make it infinite as well."""
+    if not (values.flags.c_contiguous or values.flags.f_contiguous) or values.dtype.itemsize < 4:
+        return False
+    flat = values.ravel("K")
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(np.dot(flat, flat)))
+
+
 def check_finite(weight: Weight, values: np.ndarray) -> None:
     """Refuse NaN and infinite weights, by name.
 
@@ -451,7 +460,7 @@ def check_finite(weight: Weight, values: np.ndarray) -> None:
         infinity = np.array(np.inf, values.dtype).view(np.uint16)
         finite = bool((values.view(np.uint16) & np.uint16(0x7FFF)).max() < infinity)
     else:
-        finite = bool(np.isfinite(values.max()) and np.isfinite(values.min()))
+        finite = _finite_squares(values) or bool(np.isfinite(values.max()) and np.isfinite(values.min()))
     bad = 0 if finite else int(np.count_nonzero(~np.isfinite(values.astype(np.float64))))
     if bad:
         raise PruneError(
