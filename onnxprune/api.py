@@ -212,6 +212,7 @@ def prune(
     score: str | None = None,
     pattern: str | None = None,
     allocation: str | None = None,
+    inexact: bool | None = None,
     epoch: int | None = None,
     step: int | None = None,
     **options: Any,
@@ -228,6 +229,7 @@ def prune(
         score: default of the entries' `score`.
         pattern: default of the entries' `pattern`.
         allocation: default of the entries' `allocation`.
+        inexact: whether norms over channels let them go: they then average over fewer, and fine-tuning has to follow.
         epoch: for schedules, the epoch to prune for; the end unless given.
         step: the same for optimizer steps.
         options: `max_drop` (write nothing where the metric falls by more or, without labels, agreement with the dense
@@ -246,12 +248,13 @@ def prune(
         PruneError: bad input; nothing has been written.
     """
     if isinstance(config, Pruner):
-        if any(o is not None for o in (pruner, score, pattern, allocation)):
+        if any(o is not None for o in (pruner, score, pattern, allocation, inexact)):
             raise PruneError(
-                "pruner, score, pattern and allocation belong to the pruner object; give them when making it"
+                "pruner, score, pattern, allocation and inexact belong to the pruner object; give them when making it"
             )
         return config.prune(model, epoch=epoch, step=step, output=output, data=data, **options)
-    checked = configuration.load(config, pruner=pruner, score=score, pattern=pattern, allocation=allocation)
+    options_ = {"pruner": pruner, "score": score, "pattern": pattern, "allocation": allocation, "inexact": inexact}
+    checked = configuration.load(config, **options_)
     return run(model, checked, clock=Clock(epoch, step), output=output, data=data, **options)
 
 
@@ -285,7 +288,7 @@ def run(
         _check_target(model, target, force)
     plan = None
     if config.coupled:
-        plan = _plan(model, shapes)
+        plan = _plan(model, shapes, config.inexact)
         model = plan.coupling.model
     weights, untouched = find(model) if plan is None else (list(plan.coupling.weights), list(plan.coupling.skipped))
     trial = None if data is None else _Trial.of(source, data, metric, threads)
@@ -307,7 +310,7 @@ def run(
         plan.zero(kept)
         if not keep_shape:
             model = plan.cut()
-            report = replace(report, difference=plan.check(model) if verify else None)
+            report = replace(report, difference=plan.check(model) if verify and not config.inexact else None)
     else:
         for weight in governed:
             edit(model, weight, masks)
@@ -326,10 +329,10 @@ def run(
     return Result(model, masks, report, evaluation, path, accepted)
 
 
-def _plan(model: Model, shapes: Mapping[str, Sequence[int]] | None) -> Plan:
+def _plan(model: Model, shapes: Mapping[str, Sequence[int]] | None, inexact: bool) -> Plan:
     from onnxprune.structure.plan import Plan  # scipy takes a while to import
 
-    return Plan.of(model, shapes)
+    return Plan.of(model, shapes, inexact=inexact)
 
 
 @dataclass(frozen=True, eq=False)

@@ -119,6 +119,9 @@ def prune(
     keep_shape: Annotated[
         bool, typer.Option("--keep-shape", help="Zero channels and heads in place instead of cutting them out.")
     ] = False,
+    inexact: Annotated[
+        bool, typer.Option("--inexact", help="Let norms over channels lose some; the cut model is then not checked.")
+    ] = False,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not hold the cut model against the zeroed one.")
     ] = False,
@@ -153,7 +156,7 @@ def prune(
         dense = inspect(model, shapes)  # before --force may replace it
         result = api.prune(
             model, chosen, output, data,
-            pruner=pruner, score=score, pattern=pattern, allocation=allocation, epoch=epoch,
+            pruner=pruner, score=score, pattern=pattern, allocation=allocation, inexact=inexact or None, epoch=epoch,
             max_drop=max_drop, metric=metric, sparse=sparse, force=force, threads=threads,
             keep_shape=keep_shape, verify=not no_verify, align=_align(align), shapes=shapes, compact=compact,
         )  # fmt: skip

@@ -228,6 +228,7 @@ class Config(BaseModel):
 
     pruner: str
     entries: tuple[Entry, ...]
+    inexact: bool = False
     source: list[dict[str, Any]]
 
     @property
@@ -273,8 +274,8 @@ def load(source: ConfigSource, **options: Any) -> Config:
     """Validate a configuration.
 
     Args:
-        source: a list of entries; a mapping with `config_list` and optionally `pruner`, `score`, `pattern` and
-            `allocation`; or the path of a YAML, JSON or TOML file with either.
+        source: a list of entries; a mapping with `config_list` and optionally `pruner`, `score`, `pattern`,
+            `allocation` and `inexact`; or the path of a YAML, JSON or TOML file with either.
         options: the mapping's other keys; they go before the mapping's, and after an entry's own. None is not given.
 
     Raises:
@@ -284,7 +285,7 @@ def load(source: ConfigSource, **options: Any) -> Config:
         source = _read(Path(source))
     mapping = dict(source) if isinstance(source, Mapping) else {"config_list": source}
     mapping.update({key: value for key, value in options.items() if value is not None})
-    known = {"pruner", "score", "pattern", "allocation", "config_list"}
+    known = {"pruner", "score", "pattern", "allocation", "inexact", "config_list"}
     if unknown := mapping.keys() - known:
         entry = unknown & {"sparsity", "op_types", "op_names", "final_sparsity"}
         hint = " (an entry of a config list must stand in a list)" if entry else ""
@@ -292,6 +293,9 @@ def load(source: ConfigSource, **options: Any) -> Config:
     pruner = str(mapping.pop("pruner", "level")).lower()
     if pruner not in ENTRIES:
         raise PruneError(f"pruner '{pruner}' is not known; expected {_names(ENTRIES)}")
+    inexact = mapping.pop("inexact", False)
+    if not isinstance(inexact, bool):
+        raise PruneError(f"config key 'inexact' is {inexact!r}; expected true or false")
     entries = mapping.pop("config_list", None)
     if not isinstance(entries, Sequence) or isinstance(entries, (str, bytes)) or not entries:
         raise PruneError(f"a config list is a list with at least one entry such as {_EXAMPLE}, not {entries!r}")
@@ -304,7 +308,7 @@ def load(source: ConfigSource, **options: Any) -> Config:
         except ValidationError as error:
             raise PruneError(_explain(index, entry, pruner, error)) from None
         sources.append(dict(entry))
-    return Config(pruner=pruner, entries=tuple(validated), source=sources)
+    return Config(pruner=pruner, entries=tuple(validated), inexact=inexact, source=sources)
 
 
 def _named(weight: Named, pattern: str) -> bool:

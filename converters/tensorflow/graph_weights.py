@@ -8,7 +8,7 @@ Layout and order of ties are then those of the exported file.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -366,16 +366,15 @@ class _Search:
                 "it is in none of the graph's collections, so that training ops to come cannot be told to hold it",
             )
             return None
-        roles = sorted(zip(found.uses, found.kinds, strict=True), key=lambda pair: pair[0].op_type == "Gather")
-        uses = tuple(use for use, _ in roles)
-        types = ["Embedding" if use.op_type == "Gather" else use.op_type for use in uses]
-        types = [t for pair in zip(types, (kind for _, kind in roles), strict=True) for t in pair]
-        names = {name, f"{name}:0", name.rpartition("/")[0], *(use.node for use in uses)} - {""}
+        names = {name, f"{name}:0", name.rpartition("/")[0], *(use.node for use in found.uses)} - {""}
         storage = Fetched(self.values, name)
         dtype = np.dtype(tf.as_dtype(found.op.get_attr("dtype")).as_numpy_dtype)
-        weight = Weight(
-            name, tuple(dict.fromkeys(types)), frozenset(names), found.leaf.shape, dtype, storage, uses, found.leaf
-        )
+        weight = Weight(name, (), frozenset(names), found.leaf.shape, dtype, storage, tuple(found.uses), found.leaf)
+        roles = list(zip(found.uses, found.kinds, strict=True))
+        if len(roles) > 1:  # as in a file, not by the order of the operators
+            roles.sort(key=lambda pair: (pair[0].op_type == "Gather", *weight.extent(pair[0])))
+        types = [t for use, kind in roles for t in ("Embedding" if use.op_type == "Gather" else use.op_type, kind)]
+        weight = replace(weight, op_types=tuple(dict.fromkeys(types)), uses=tuple(use for use, _ in roles))
         return weight, Variable(found.op, self.objects[name], tuple(found.edges.values()), tuple(found.gathers))
 
     def _skip(self, names: Iterable[str], op_type: str, reason: str) -> None:
