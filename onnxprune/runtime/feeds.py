@@ -327,6 +327,8 @@ _PASSES_VALUES = {
     "Split", "Tile", "Pad",
 }  # fmt: skip
 _KEEPS_ROWS = {"Identity", "Cast", "DequantizeLinear"}
+# EmbedLayerNormalization's operands: words, segments and positions -> their tables.
+_TABLES = {0: 2, 1: 4, 8: 3}
 
 
 def parse_shapes(texts: Iterable[str]) -> dict[str, tuple[int, ...]]:
@@ -465,8 +467,8 @@ def _embedding_rows(model: ModelSource) -> dict[str, int]:
                 if node.op_type == "Gather" and slot == 1:
                     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
                     rows.append(_size(node.inputs[0], axis))
-                elif node.op_type == "EmbedLayerNormalization" and slot in (0, 1):
-                    rows.append(_size(node.inputs[slot + 2], 0))
+                elif node.op_type in {"EmbedLayerNormalization", "QEmbedLayerNormalization"} and slot in _TABLES:
+                    rows.append(_size(node.inputs[_TABLES[slot]], 0))
                 elif node.op_type in _PASSES_VALUES and (slot == 0 or node.op_type == "Concat"):
                     fresh = [value for value in node.outputs if value not in seen]
                     seen.update(fresh)

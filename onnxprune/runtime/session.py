@@ -39,6 +39,10 @@ class ModelInput:
     required: bool = True
     """False if an initializer gives it a default value."""
 
+    def __post_init__(self) -> None:
+        """Some exporters call every open dim '?', which names nothing."""
+        object.__setattr__(self, "shape", tuple(None if dim == "?" else dim for dim in self.shape))
+
     def __str__(self) -> str:
         """`'x' float32[N, 3, 224, 224]`, for messages."""
         return describe(self.name, self.dtype, self.shape)

@@ -123,7 +123,8 @@ def scores(coupling: Coupling, group: Group, score: str) -> np.ndarray:
         tensors = {str(v.name): v.const_value for g in coupling.model.graph.graphs() for v in g.initializers.values()}
         found = [m for m in group.members if m.name in scales]
         if found:
-            values = [np.abs(tensors[m.name].numpy().astype(np.float64))[m.places].mean(1) for m in found]  # type: ignore[union-attr]
+            arrays = [coupling.model.current(tensors[m.name]).astype(np.float64) for m in found]  # type: ignore[arg-type]
+            values = [np.abs(array)[m.places].mean(1) for m, array in zip(found, arrays, strict=True)]
             total: np.ndarray = np.mean(values, axis=0)
             return total
         score = "l1"

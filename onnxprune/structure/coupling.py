@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -18,8 +18,9 @@ from onnxprune.graph.weights import Skipped, Weight, find
 from onnxprune.structure import facts as known
 from onnxprune.structure.cutting import Stuck, cut, keep
 from onnxprune.structure.flow import Flow, walk
-from onnxprune.structure.labels import Solution
+from onnxprune.structure.labels import Axis, Solution
 from onnxprune.structure.prepare import empty, prepare, skeleton
+from onnxprune.structure.reading import changed
 from onnxprune.structure.rules import SHAPES
 from onnxprune.structure.site import Site
 
@@ -127,7 +128,11 @@ class Coupling:
 
 
 def couple(
-    model: Model, sizes: Mapping[str, Sequence[int]], others: Mapping[str, Sequence[int]] | None = None
+    model: Model,
+    sizes: Mapping[str, Sequence[int]],
+    others: Mapping[str, Sequence[int]] | None = None,
+    shared: Container[str] = (),
+    inexact: bool = False,
 ) -> Coupling:
     """Find the groups of a model.
 
@@ -135,18 +140,20 @@ def couple(
         model: any model; it is not changed.
         sizes: a shape for each graph input.
         others: other shapes, where some dims are open: what differs then varies from run to run.
+        shared: vectors that stay one however many nodes read them.
+        inexact: whether norms over channels let them go, though they then average over fewer.
 
     Raises:
         PruneError: no operator of the graph can be followed.
     """
-    ready = prepare(model)
+    ready = prepare(model, shared)
     bare = skeleton(ready)
     facts = known.gather(bare, sizes, SHAPES)
     second = None
-    if others is not None and dict(others) != dict(sizes):
-        second = known.gather(bare, others, SHAPES)
+    if facts.guessed or (others is not None and dict(others) != dict(sizes)):
+        second = known.gather(bare, sizes if others is None else others, SHAPES, more=1)
     opsets = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in bare.opset_import}
-    flow = walk(bare.graph, facts, second, opsets)
+    flow = walk(bare.graph, facts, second, opsets, inexact)
     weights, skipped = find(ready)
     for _ in range(TRIALS):
         solution = flow.labels.solve()
@@ -156,10 +163,9 @@ def couple(
             return Coupling(
                 ready, tuple(weights), tuple(skipped), flow, solution, groups, _pinned(flow, solution, weights)
             )
-        site, reason = stuck
-        for axes in (*site.inputs, *site.outputs):
-            for axis in axes or ():
-                flow.labels.pin(axis, reason)
+        axes, reason = stuck
+        for axis in axes:
+            flow.labels.pin(axis, reason)
     raise PruneError(f"{TRIALS} nodes cannot be made smaller; the last one: {reason}")
 
 
@@ -226,25 +232,25 @@ def _axis_roles(weight: Weight) -> dict[int, str]:
 def _pinned(flow: Flow, solution: Solution, weights: Sequence[Weight]) -> tuple[Pinned, ...]:
     found = []
     for weight in weights:
-        for axis, role in _axis_roles(weight).items():
-            labels = (flow.axes.get(weight.name) or ())[axis : axis + 1]
-            if role != "output" or not labels:
-                continue
-            root = solution.root[labels[0]]
-            held = solution.pinned[root]
-            if held.any():
-                reason = solution.reasons.get(int(root[held][0]), "")
-                found.append(Pinned(weight.name, weight.op_type, int(held.sum()), reason))
+        axes = flow.axes.get(weight.name) or ()
+        outputs = [axes[axis] for axis, role in _axis_roles(weight).items() if role == "output" and axis < len(axes)]
+        if not outputs:
+            continue
+        root = solution.root[max(outputs, key=len)]  # a recurrent weight's directions count as outputs, too
+        held = solution.pinned[root]
+        if held.any():
+            reason = solution.reasons.get(int(root[held][0]), "")
+            found.append(Pinned(weight.name, weight.op_type, int(held.sum()), reason))
     return tuple(found)
 
 
 def _rehearse(
     bare: onnx.ModelProto, flow: Flow, solution: Solution, groups: Sequence[Group], sizes: Mapping[str, Sequence[int]]
-) -> tuple[Site, str] | None:
+) -> tuple[list[Axis], str] | None:
     """Cut every other channel of all groups, without data, and see whether ONNX infers the shapes that are expected.
 
     Returns:
-        The first node that cannot be made smaller, and why; None where all can.
+        The axes of the first node that cannot be made smaller, and why; None where all can.
     """
     dead = np.zeros(solution.root.size, np.bool_)
     for group in groups:
@@ -254,7 +260,7 @@ def _rehearse(
     try:
         cut(trial, flow, solution, dead, _shorten)
     except Stuck as error:
-        return error.site, str(error)
+        return _around(error.site), str(error)
     seen = known.gather(trial, sizes, SHAPES)
     for site in flow.sites:
         for name, axes in zip(site.node.output, site.outputs, strict=False):
@@ -262,8 +268,12 @@ def _rehearse(
             wanted = tuple(int((solution.pinned[r] | ~dead[r]).sum()) for r in root)
             if name and name not in flow.facts.unknown and seen.shapes.get(name) != wanted:
                 got = list(seen.shapes[name]) if name in seen.shapes else seen.unknown.get(name, "unknown")
-                return site, f"the shape of {site.what} would be {got} where {list(wanted)} is needed"
-    return None
+                return _around(site), f"the shape of {site.what} would be {got} where {list(wanted)} is needed"
+    return changed(flow, solution, dead, seen)
+
+
+def _around(site: Site) -> list[Axis]:
+    return [axis for axes in (*site.inputs, *site.outputs) for axis in axes or ()]
 
 
 def _shorten(tensor: TensorProto, alive: list[np.ndarray]) -> None:

@@ -55,7 +55,8 @@ def cut(proto: onnx.ModelProto, flow: Flow, solution: Solution, dead: np.ndarray
     work = Cut(solution, dead, {name for node in copies for name in node.output} | set(flow.axes))
     inserted: dict[int, list[onnx.NodeProto]] = {}
     for site in flow.sites:
-        resize = RULES["" if site.node.domain == "ai.onnx" else site.node.domain, site.node.op_type].resize
+        rule = RULES.get((site.domain, site.node.op_type))
+        resize = None if rule is None else rule.resize
         if resize is None or not work.touches([a for axes in (*site.inputs, *site.outputs) for a in axes or ()]):
             continue
         copy = copies[places[id(site.node)]]
@@ -71,6 +72,8 @@ def cut(proto: onnx.ModelProto, flow: Flow, solution: Solution, dead: np.ndarray
             axes = flow.axes[tensor.name] or ()
             if work.touches(axes):
                 fill(tensor, [work.alive(axis) for axis in axes])
+        if graph is not proto.graph:
+            _declare(graph, flow, work)
     for graph in subgraphs(proto) if inserted else ():
         _insert(graph, inserted)
     proto.graph.initializer.extend(work.added)
@@ -82,6 +85,17 @@ def keep(array: np.ndarray, alive: list[np.ndarray]) -> np.ndarray:
         if not stays.all():
             array = np.compress(stays, array, axis)
     return array
+
+
+def _declare(graph: onnx.GraphProto, flow: Flow, work: Cut) -> None:
+    """Correct the sizes that a body declares for what goes in and out."""
+    for value in (*graph.input, *graph.output):
+        axes = flow.axes.get(value.name) or ()
+        declared = value.type.tensor_type.shape.dim
+        if len(declared) == len(axes) and work.touches(axes):
+            for dim, axis in zip(declared, axes, strict=True):
+                if dim.HasField("dim_value"):
+                    dim.dim_value = work.count(axis)
 
 
 def _insert(graph: onnx.GraphProto, inserted: dict[int, list[onnx.NodeProto]]) -> None:

@@ -32,12 +32,14 @@ class Facts:
         types: TensorProto element types.
         contents: of small values that are the same at every run with these sizes.
         unknown: value -> why its shape is not known.
+        guessed: whether how often a loop runs, and so a size, is only known when the model does.
     """
 
     shapes: dict[str, Shape] = field(default_factory=dict)
     types: dict[str, int] = field(default_factory=dict)
     contents: dict[str, np.ndarray] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
+    guessed: bool = False
 
 
 ShapeRule = Callable[[onnx.NodeProto, "Facts"], Sequence[Shape | None]]
@@ -45,7 +47,10 @@ ShapeRule = Callable[[onnx.NodeProto, "Facts"], Sequence[Shape | None]]
 
 
 def gather(
-    model: onnx.ModelProto, sizes: Mapping[str, Sequence[int]], extra: Mapping[tuple[str, str], ShapeRule]
+    model: onnx.ModelProto,
+    sizes: Mapping[str, Sequence[int]],
+    extra: Mapping[tuple[str, str], ShapeRule],
+    more: int = 0,
 ) -> Facts:
     """The facts of a model whose functions are inlined.
 
@@ -53,6 +58,7 @@ def gather(
         model: only shapes of large tensors are looked at.
         sizes: the shape of each graph input.
         extra: (domain, operator) -> shapes of its outputs.
+        more: turns by which a loop's guessed count is larger, where it is only known when the model runs.
     """
     facts = Facts()
     for value in model.graph.input:
@@ -62,7 +68,7 @@ def gather(
         else:
             facts.unknown[value.name] = f"the graph input '{value.name}' is no tensor of known rank"
     opsets = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in model.opset_import}
-    _Walk(facts, opsets, max(model.ir_version, 4), extra).graph(model.graph)
+    _Walk(facts, opsets, max(model.ir_version, 4), extra, more).graph(model.graph)
     return facts
 
 
@@ -79,6 +85,7 @@ class _Walk:
     opsets: Mapping[str, int]
     ir_version: int
     extra: Mapping[tuple[str, str], ShapeRule]
+    more: int
 
     def graph(self, graph: onnx.GraphProto) -> None:
         for tensor in graph.initializer:
@@ -99,7 +106,7 @@ class _Walk:
             self._controlled(node)
             return
         if node.op_type == "Constant" and node.domain in STANDARD_DOMAINS:
-            tensor = _constant(node)
+            tensor = constant_tensor(node)
             if tensor is not None:
                 self._store(node.output[0], tensor)
                 return
@@ -125,7 +132,7 @@ class _Walk:
                 continue
             if found is None:
                 behind = next((facts.unknown[i] for i in node.input if i in facts.unknown), reason)
-                facts.unknown[name] = behind
+                facts.unknown.setdefault(name, behind)  # a rule may have said why
             else:
                 facts.shapes[name] = found
                 facts.types.setdefault(name, facts.types.get(node.input[0], 0) if node.input else 0)
@@ -174,7 +181,7 @@ class _Walk:
                 return [None] * len(node.output)
             types[name] = helper.make_tensor_type_proto(facts.types.get(name) or TensorProto.FLOAT, facts.shapes[name])
             if name in facts.contents:
-                data[name] = numpy_helper.from_array(np.ascontiguousarray(facts.contents[name]), name)
+                data[name] = numpy_helper.from_array(np.asarray(facts.contents[name], order="C"), name)
         opsets = [helper.make_opsetid("", self.opsets[""])]
         found = onnx.shape_inference.infer_node_outputs(
             schema, node, types, data, opset_imports=opsets, ir_version=self.ir_version
@@ -206,13 +213,19 @@ class _Walk:
         if node.op_type == "Loop":
             trips = self.facts.contents.get(node.input[0]) if node.input[0] else None
             count = int(trips.reshape(-1)[0]) if trips is not None and trips.size == 1 else 0
-            count = count if 0 < count < 2**20 else 1
+            count = count if 0 < count < 2**20 else 0
+            if not count or not self._runs_on(node, body):
+                self.facts.guessed, count = True, max(count, 1) + self.more
             self._given(body.input[0].name, (), TensorProto.INT64)
             self._given(body.input[1].name, (), TensorProto.BOOL)
             for formal, actual in zip(body.input[2:], node.input[2:], strict=False):
                 self._same(formal.name, [actual], "")
                 self.facts.contents.pop(formal.name, None)
             states, results = len(node.input) - 2, list(body.output[1:])
+        elif self.opsets.get("", 1) < 9:
+            for name in node.output:
+                self.facts.unknown[name] = f"{describe(node)} of operator set 8 has a batch of its own"
+            return
         else:
             scans = next(a.i for a in node.attribute if a.name == "num_scan_inputs")
             states, results, count = len(node.input) - scans, list(body.output), 1
@@ -240,6 +253,16 @@ class _Walk:
             else:
                 self.facts.unknown[name] = self.facts.unknown.get(end.name, describe(node))
 
+    def _runs_on(self, node: onnx.NodeProto, body: onnx.GraphProto) -> bool:
+        """Whether a Loop's condition never ends it before its count does."""
+        end = body.output[0].name
+        source = next((n.input[0] for n in body.node if n.op_type == "Identity" and n.output[0] == end), end)
+        same = source == body.input[1].name
+        first = self.facts.contents.get(node.input[1]) if node.input[1] else np.array(True)
+        stored = [t for t in body.initializer if t.name == source]
+        always = bool(stored) and bool(numpy_helper.to_array(stored[0]).all())
+        return (always or same) and first is not None and bool(first.all())
+
     def _given(self, name: str, shape: Shape, kind: int) -> None:
         self.facts.shapes[name], self.facts.types[name] = shape, kind
 
@@ -263,7 +286,8 @@ def describe(node: onnx.NodeProto) -> str:
     return f"{node.op_type} '{node.name or next(iter(node.output), '')}'"
 
 
-def _constant(node: onnx.NodeProto) -> TensorProto | None:
+def constant_tensor(node: onnx.NodeProto) -> TensorProto | None:
+    """What a Constant node holds; None where that is text, or sparse."""
     attribute = node.attribute[0]
     if attribute.name == "value":
         tensor: TensorProto = attribute.t

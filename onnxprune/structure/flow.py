@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import onnx
 from onnx import TensorProto
 
-from onnxprune.structure.facts import STANDARD_DOMAINS, Facts, bodies, describe
+from onnxprune.structure.control import CONTROLS, control
+from onnxprune.structure.facts import STANDARD_DOMAINS, Facts, describe
 from onnxprune.structure.labels import Axes, Labels
 from onnxprune.structure.rules import RULES
 from onnxprune.structure.site import NoRule, Nulls, Site
@@ -24,28 +25,35 @@ class Flow:
         axes: value -> labels of its axes; None where its shape is not known.
         stored: initializers by name, at any depth.
         sites: the nodes whose rules have been applied.
+        refused: the others.
         zeroed: initializers whose pruned entries are 0 in a masked model, beside weights in roles.
         solid: initializers that a masked model must not touch.
+        soft: initializers that are read as what may be 0.
+        shifted: initializer -> the initializer that holds its zero point, and the axis that one runs along.
     """
 
     source: onnx.GraphProto
     facts: Facts
     second: Facts | None
     opsets: Mapping[str, int]
+    inexact: bool = False
     labels: Labels = field(default_factory=Labels)
     axes: dict[str, Axes | None] = field(default_factory=dict)
     nulls: dict[str, Nulls] = field(default_factory=dict)
     leaves: dict[str, frozenset[str]] = field(default_factory=dict)
     stored: dict[str, TensorProto] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
+    refused: list[Site] = field(default_factory=list)
     zeroed: set[str] = field(default_factory=set)
     solid: set[str] = field(default_factory=set)
+    soft: set[str] = field(default_factory=set)
+    shifted: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     def graph(self, graph: onnx.GraphProto, outer: bool = True) -> None:
         """Apply the rules to the nodes of a graph in order."""
         if outer:
             for value in graph.input:
-                self._fix(value.name, f"it is an axis of the graph input '{value.name}'")
+                self.fix(value.name, f"it is an axis of the graph input '{value.name}'")
         for tensor in graph.initializer:
             self.stored[tensor.name] = tensor
             self.axes[tensor.name] = tuple(self.labels.fresh(size) for size in tensor.dims)
@@ -58,32 +66,35 @@ class Flow:
                 for axis in self.axes.get(value.name) or ():
                     self.labels.pin(axis, f"it reaches the graph output '{value.name}'")
 
-    def _fix(self, name: str, reason: str) -> None:
-        """A value all of whose positions stay."""
-        shape = self.facts.shapes.get(name)
-        self.axes[name] = None if shape is None else tuple(self.labels.fixed(size, reason) for size in shape)
-        self.nulls[name] = (False,) * len(shape or ())
-
-    def _node(self, node: onnx.NodeProto) -> None:
-        if node.op_type in {"If", "Loop", "Scan"} and node.domain in STANDARD_DOMAINS:
-            self._controlled(node)
-            return
-        domain = "" if node.domain == "ai.onnx" else node.domain
-        constant = [not name or name in self.leaves for name in node.input]
-        site = Site(
+    def site(self, node: onnx.NodeProto) -> Site:
+        """A node as its rule sees it."""
+        return Site(
             node,
             self.labels,
             self.facts,
             [self.axes.get(name) if name else None for name in node.input],
             [self.nulls.get(name, ()) for name in node.input],
-            constant,
-            self.opsets.get(domain, 1),
+            [not name or name in self.leaves for name in node.input],
+            self.opsets.get("" if node.domain == "ai.onnx" else node.domain, 1),
             self.second,
+            self.inexact,
         )
-        rule = RULES.get((domain, node.op_type))
+
+    def fix(self, name: str, reason: str) -> None:
+        """A value all of whose positions stay."""
+        shape = self.facts.shapes.get(name)
+        self.axes[name] = None if shape is None else tuple(self.labels.fixed(size, reason) for size in shape)
+        self.nulls[name] = (True,) * len(shape or ())
+
+    def _node(self, node: onnx.NodeProto) -> None:
+        if node.op_type in CONTROLS and node.domain in STANDARD_DOMAINS:
+            control(self, node)
+            return
+        site = self.site(node)
+        rule = RULES.get((site.domain, node.op_type))
         try:
             if rule is None:
-                name = f"{node.domain}.{node.op_type}" if domain else node.op_type
+                name = f"{node.domain}.{node.op_type}" if site.domain else node.op_type
                 raise NoRule(f"{describe(node)} has no rule (operator {name})")
             rule.tie(site)
             outputs = [name for name in node.output if name]
@@ -104,8 +115,9 @@ class Flow:
                     self.labels.pin(axis, reason)
             for name in node.output:
                 if name:
-                    self._fix(name, reason)
-            self._through(node, constant)
+                    self.fix(name, reason)
+            self._through(site)
+            self.refused.append(site)
             return
         self.sites.append(site)
         for name, axes, nulls in zip(node.output, site.outputs, site.null_outputs, strict=False):
@@ -113,40 +125,38 @@ class Flow:
                 self.axes[name] = axes
                 self.nulls[name] = nulls
                 self.facts.shapes.setdefault(name, tuple(axis.size for axis in axes))
-        self._through(node, constant)
+        self._through(site)
         for operand in site.zeroed:
             self.zeroed |= self.leaves.get(node.input[operand], frozenset())
         for operand in site.solid:
             self.solid |= self.leaves.get(node.input[operand], frozenset())
+        for operand, (zero_point, along) in site.shifted.items():
+            self._shift(node.input[operand], node.input[zero_point], along)
 
-    def _through(self, node: onnx.NodeProto, constant: Sequence[bool]) -> None:
-        """What is computed from stored tensors only is as good as stored."""
-        if not node.input or not all(constant):
+    def _shift(self, name: str, zero_point: str, axis: int) -> None:
+        """A stored tensor holds 0 where it holds its zero point."""
+        if name not in self.stored:
             return
-        read = node.input[:1] if node.op_type in {"DequantizeLinear", "Reshape", "Gather", "Slice"} else node.input
-        leaves = frozenset().union(*(self.leaves.get(name, frozenset()) for name in read if name))
+        if zero_point not in self.stored or self.shifted.setdefault(name, (zero_point, axis)) != (zero_point, axis):
+            self.solid.add(name)  # no one value is 0 to all that read it
+
+    def _through(self, site: Site) -> None:
+        """What is computed from stored tensors only is as good as stored."""
+        node = site.node
+        soft = [(i, name) for i, name in enumerate(node.input) if name in self.leaves and i not in site.solid]
+        read = {i: self.leaves[name] for i, name in soft}
+        if not node.input or not all(site.constant):
+            self.soft |= frozenset().union(*read.values())
+            return
+        first = node.op_type in {"DequantizeLinear", "Reshape", "Gather", "Slice"}
+        leaves = frozenset().union(*(found for i, found in read.items() if i == 0 or not first))
         for name in node.output:
             self.leaves[name] = leaves
 
-    def _controlled(self, node: onnx.NodeProto) -> None:
-        """If, Loop and Scan: bodies are walked where they stand, and what goes in and out is pinned."""
-        reason = f"it goes through {describe(node)}"
-        for name in node.input:
-            for axis in self.axes.get(name) or ():
-                self.labels.pin(axis, reason)
-        for _, body in bodies(node):
-            for value in body.input:
-                self._fix(value.name, reason)
-            self.graph(body, outer=False)
-            for value in body.output:
-                for axis in self.axes.get(value.name) or ():
-                    self.labels.pin(axis, reason)
-        for name in node.output:
-            if name:
-                self._fix(name, reason)
 
-
-def walk(graph: onnx.GraphProto, facts: Facts, second: Facts | None, opsets: Mapping[str, int]) -> Flow:
+def walk(
+    graph: onnx.GraphProto, facts: Facts, second: Facts | None, opsets: Mapping[str, int], inexact: bool = False
+) -> Flow:
     """The labels of a graph.
 
     Args:
@@ -154,7 +164,11 @@ def walk(graph: onnx.GraphProto, facts: Facts, second: Facts | None, opsets: Map
         facts: shapes and contents for one choice of open dims.
         second: for another choice, where there are open dims.
         opsets: domain -> version; the standard domain is "".
+        inexact: whether norms over channels let them go.
     """
-    flow = Flow(graph, facts, second, opsets)
+    flow = Flow(graph, facts, second, opsets, inexact)
     flow.graph(graph)
+    for name in flow.solid & flow.soft:
+        for axis in flow.axes[name] or ():
+            flow.labels.pin(axis, f"'{name}' must not be 0 for one of its readers, and may be 0 for another one")
     return flow

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,18 +32,26 @@ class Plan:
     removed: dict[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: Model, shapes: Mapping[str, Sequence[int]] | None = None) -> Plan:
+    def of(
+        cls,
+        model: Model,
+        shapes: Mapping[str, Sequence[int]] | None = None,
+        shared: Container[str] = (),
+        inexact: bool = False,
+    ) -> Plan:
         """Find the groups of a model, which is not changed.
 
         Args:
             model: the model.
             shapes: sizes of inputs with open dims.
+            shared: vectors that are one parameter however many nodes read them.
+            inexact: whether norms over channels let them go.
 
         Raises:
             PruneError: the shapes do not fit the inputs.
         """
         sizes = choose(model, shapes)
-        return cls(couple(model, *sizes), sizes)
+        return cls(couple(model, *sizes, shared, inexact), sizes)
 
     def decide(
         self, config: Config, clock: Clock, held: Mapping[str, np.ndarray] | None = None, align: int | None = None
@@ -72,13 +80,12 @@ class Plan:
             PruneError: they differ by more than rounding does.
         """
         first, second = self.sizes
-        allowed = verify.tolerance(self.coupling.model)
         worst = verify.difference(self.coupling.model, shrunk, first)
-        if first != second:
+        if first != second and verify.runs(self.coupling.model, second):  # not all sizes that are open fit each other
             worst = max(worst, verify.difference(self.coupling.model, shrunk, second))
-        if worst > allowed:
+        if worst > verify.TOLERANCE and worst > (allowed := verify.tolerance(self.coupling.model, first)):
             raise PruneError(
                 f"the shrunk model differs from the masked one by {worst:.2g} of its outputs' scale, more than "
-                f"{allowed:.0e}: nothing is written. Prune with keep_shape (--keep-shape), or leave layers out"
+                f"{allowed:.1g}: nothing is written. Prune with keep_shape (--keep-shape), or leave layers out"
             )
         return worst

@@ -68,13 +68,13 @@ def gone(coupling: Coupling, live: Callable[[str], np.ndarray | None]) -> dict[s
     removed = {}
     for group in coupling.groups:
         empty = np.ones(group.size, np.bool_)
-        for member in group.members:
-            entries = None if member.name in coupling.flow.solid else live(member.name)
-            if entries is not None and empty.any():
-                lines = np.moveaxis(entries, member.axis, 0).reshape(entries.shape[member.axis], -1).any(1)
-                empty &= ~lines[member.places].any(1)
-        if empty.all():
-            empty[0] = False
+        told = [(member, live(member.name)) for member in group.members if member.name not in coupling.flow.solid]
+        for member, entries in told:
+            if entries is not None:
+                lines = np.moveaxis(entries, member.axis, 0).reshape(entries.shape[member.axis], -1)
+                empty &= ~lines[member.places].any((1, 2))
+        if empty.all():  # or nothing was told
+            empty[: 1 if any(entries is not None for _, entries in told) else None] = False
         removed[group.name] = empty
     return removed
 

@@ -34,9 +34,12 @@ class Site:
         constant: whether each operand is stored in the model, or computed from what is.
         version: of the operator set the node's domain has.
         second: the facts for other sizes of the open dims, where there are any.
+        inexact: whether an axis that is averaged over may lose positions, though the average is then another one.
         outputs: labels of each result's axes, once the rule has been applied.
         zeroed: operands whose pruned entries are to be 0 in a masked model, beside the weights in roles.
         solid: operands whose entries must not be touched in a masked model (divisors, variances).
+        shifted: operand -> the operand that holds its zero point, and the axis that one runs along.
+        title: what reasons call the node, where it stands in for another one.
     """
 
     node: onnx.NodeProto
@@ -47,15 +50,23 @@ class Site:
     constant: list[bool]
     version: int
     second: Facts | None = None
+    inexact: bool = False
     outputs: list[Axes] = field(default_factory=list)
     null_outputs: list[Nulls] = field(default_factory=list)
     zeroed: list[int] = field(default_factory=list)
     solid: list[int] = field(default_factory=list)
+    shifted: dict[int, tuple[int, int]] = field(default_factory=dict)
+    title: str = ""
 
     @property
     def what(self) -> str:
         """The node as reasons name it."""
-        return describe(self.node)
+        return self.title or describe(self.node)
+
+    @property
+    def domain(self) -> str:
+        """The node's domain; "" is the standard one."""
+        return "" if self.node.domain == "ai.onnx" else str(self.node.domain)
 
     def has(self, operand: int) -> bool:
         """Whether an operand is given."""
@@ -94,7 +105,7 @@ class Site:
             if attribute.name == name:
                 value = helper.get_attribute_value(attribute)
                 return value.decode() if isinstance(value, bytes) else value
-        if self.node.domain in ("", "ai.onnx"):
+        if self.node.domain in ("", "ai.onnx") and defs.has(self.node.op_type, self.version, ""):
             schema = defs.get_schema(self.node.op_type, self.version, "")
             known = schema.attributes.get(name)
             if known is not None and known.default_value.ByteSize() and known.default_value.name:
@@ -136,6 +147,11 @@ class Site:
         """Positions stay."""
         self.labels.pin(axis, f"{self.what} {why}")
 
+    def average(self, axis: Axis, why: str) -> None:
+        """Positions stay, since an average over fewer of them is another one; unless that is accepted."""
+        if not self.inexact:
+            self.pin(axis, why)
+
     def pin_all(self, why: str) -> None:
         """All positions of all operands stay."""
         for axes in self.inputs:
@@ -144,8 +160,10 @@ class Site:
 
     def give(self, axes: Sequence[Axis], nulls: Sequence[bool] = ()) -> None:
         """Say what a result's axes are (results in order)."""
+        given = tuple(nulls) if nulls else (False,) * len(axes)
         self.outputs.append(tuple(axes))
-        self.null_outputs.append(tuple(nulls) if nulls else (False,) * len(axes))
+        # Where nothing is pruned, all that is pruned holds 0.
+        self.null_outputs.append(tuple(n or self.labels.is_fixed(a) for n, a in zip(given, axes, strict=True)))
 
     def give_fixed(self, why: str) -> None:
         """A result that keeps all its positions."""
@@ -213,7 +231,7 @@ class Cut:
     def store(self, content: np.ndarray, near: str) -> str:
         """Keep an array as an initializer; returns its name."""
         name = self.name(near)
-        self.added.append(numpy_helper.from_array(np.ascontiguousarray(content), name))
+        self.added.append(numpy_helper.from_array(np.asarray(content, order="C"), name))
         return name
 
     def set_operand(self, site: Site, operand: int, content: np.ndarray) -> None:

@@ -38,7 +38,7 @@ def choose(model: Model, shapes: Mapping[str, Sequence[int]] | None = None) -> t
         for axis, dim in enumerate(value.shape):
             if isinstance(dim, int):
                 continue
-            larger = sizes[axis] + (1 if axis == 0 else STEP)
+            larger = sizes[axis] + (1 if axis == 0 or sizes[axis] == 1 else STEP)  # 1: a batch, wherever it stands
             sizes[axis] = named.setdefault(dim, larger) if dim else larger
         second[value.name] = tuple(sizes)
     return first, second

@@ -1,4 +1,4 @@
-"""Operators that move, repeat or pick positions: labels move as the data do."""
+"""Operators that move positions: labels move as the data do."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from onnxprune.structure.labels import Axis
+from onnxprune.structure.rules.elementwise import hold, meet
 from onnxprune.structure.site import Cut, NoRule, Rule, Site
 
 
@@ -58,6 +59,7 @@ def moved_nulls(site: Site, origins: Sequence[Sequence[int]]) -> list[bool]:
 
 
 def _reshape(site: Site) -> None:
+    hold(site, 1, "takes sizes from it")
     axes, origins = reshaped(site, site.axes(), site.result())
     site.give(axes, moved_nulls(site, origins))
 
@@ -93,15 +95,30 @@ def _transpose(site: Site) -> None:
     site.give([site.axes()[i] for i in order], [site.null(0)[i] for i in order])
 
 
-def _squeeze(site: Site) -> None:
+def _squeezed(site: Site) -> list[int]:
     axes = site.axes()
     given = site.ints("axes", 1)
-    gone = [i % len(axes) for i in given] if given is not None else [i for i, a in enumerate(axes) if a.size == 1]
+    return [i for i, a in enumerate(axes) if a.size == 1] if given is None else [i % len(axes) for i in given]
+
+
+def _squeeze(site: Site) -> None:
+    axes, gone = site.axes(), _squeezed(site)
     for i in gone:
         site.pin(axes[i], "drops it")
-    site.give(
-        [a for i, a in enumerate(axes) if i not in gone], [n for i, n in enumerate(site.null(0)) if i not in gone]
-    )
+    hold(site, 1, "drops what it lists")
+    kept = [i for i in range(len(axes)) if i not in gone]
+    site.give([axes[i] for i in kept], [site.null(0)[i] for i in kept])
+
+
+def _resize_squeeze(site: Site, cut: Cut) -> None:
+    """Without axes every axis of one position is dropped: one that is left with one must not be."""
+    if site.attribute("axes") is not None or site.has(1):
+        return
+    if site.version < 13:
+        cut.set_attribute(site, "axes", _squeezed(site))
+        return
+    del site.node.input[1:]
+    site.node.input.append(cut.store(np.array(_squeezed(site), np.int64), f"{site.node.output[0]}_axes"))
 
 
 def _unsqueeze(site: Site) -> None:
@@ -111,6 +128,7 @@ def _unsqueeze(site: Site) -> None:
     for i in sorted(i % rank for i in given):
         axes.insert(i, site.fixed(1, "adds it"))
         nulls.insert(i, False)
+    hold(site, 1, "adds what it lists")
     site.give(axes, nulls)
 
 
@@ -118,24 +136,33 @@ def _concat(site: Site) -> None:
     operands = [i for i in range(len(site.node.input)) if site.has(i)]
     parts = [site.axes(i) for i in operands]
     axis = int(site.attribute("axis", 1)) % len(parts[0])
-    result = []
-    for i in range(len(parts[0])):
-        if i == axis:
-            result.append(np.concatenate([part[i] for part in parts]))
-            continue
-        for part in parts[1:]:
-            site.labels.tie(parts[0][i], part[i])
-        open_ = [part[i] for part in parts if not site.labels.is_fixed(part[i])]
-        result.append((open_ or [parts[0][i]])[0])
+    result = [
+        np.concatenate([part[i] for part in parts]) if i == axis else meet(site, [part[i] for part in parts])
+        for i in range(len(parts[0]))
+    ]
     site.give(result, [all(site.null(o)[i] for o in operands) for i in range(len(result))])
+
+
+def _parts(site: Site) -> list[int]:
+    """How many positions each result of a Split has."""
+    size = site.axes()[site.axis()].size
+    given = site.ints("split", 1)
+    if given:
+        return given
+    count = len(site.node.output)
+    each = -(-size // count)
+    return [min(each, size - i * each) for i in range(count)]
 
 
 def _split(site: Site) -> None:
     axes, axis = site.axes(), site.axis()
+    given = site.has(1) and site.content_varies(1).any()
+    hold(site, 1, "takes sizes from it")
     start = 0
-    for index, name in enumerate(site.node.output):
-        size = site.facts.shapes[name][axis] if name else site.ints("split", 1)[index]  # type: ignore[index]
-        part = axes[axis][start : start + size]
+    if given:
+        site.pin(axes[axis], "splits it at places that vary from run to run")
+    for size in _parts(site):
+        part = site.fixed(size, "splits it") if given else axes[axis][start : start + size]
         site.give([part if i == axis else a for i, a in enumerate(axes)], site.null(0))
         start += size
 
@@ -155,206 +182,6 @@ def _resize_split(site: Site, cut: Cut) -> None:
             site.node.input[1] = cut.store(np.array(counts, np.int64), f"{site.node.output[0]}_split")
             return
     cut.set_ints(site, "split", 1, counts)
-
-
-def _bounds(site: Site) -> dict[int, slice]:
-    """The slices of a Slice, axis -> what is taken."""
-    rank = len(site.axes())
-    starts, ends = site.ints("starts", 1) or [], site.ints("ends", 2) or []
-    axes = site.ints("axes", 3) or list(range(len(starts)))
-    steps = (site.ints("steps", 4) if site.has(4) else None) or [1] * len(starts)
-    found = {}
-    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
-        size = site.axes()[axis % rank].size
-        low, high = (0, size) if step > 0 else (-1, size - 1)
-        first = min(max(start + size if start < 0 else start, 0), size if step > 0 else size - 1)
-        last = min(max(end + size if end < 0 else end, low), max(high, low))
-        if step < 0 and end < -size:
-            last = -1
-        found[axis % rank] = slice(first, None if last < 0 else last, step)
-    return found
-
-
-def _slice(site: Site) -> None:
-    axes = list(site.axes())
-    try:
-        bounds = _bounds(site)
-    except NoRule:
-        content = site.content(3)
-        known = content is not None or site.attribute("axes") is not None or not site.has(3)
-        if not known:
-            raise
-        cut = [int(i) % len(axes) for i in (site.ints("axes", 3) or range(site.facts.shapes[site.node.input[1]][0]))]
-        for i in cut:
-            site.pin(axes[i], "cuts it at bounds that are known at run time only")
-        site.give(
-            [
-                site.fixed(s, "cuts it") if i in cut else a
-                for i, (a, s) in enumerate(zip(axes, site.result(), strict=True))
-            ],
-            site.null(0),
-        )
-        return
-    for axis, taken in bounds.items():
-        axes[axis] = axes[axis][taken]
-    site.give(axes, site.null(0))
-
-
-def _resize_slice(site: Site, cut: Cut) -> None:
-    bounds = {axis: taken for axis, taken in _bounds(site).items() if cut.touches([site.axes()[axis]])}
-    if not bounds:
-        return
-    if any(taken.step != 1 for taken in bounds.values()):
-        if len(_bounds(site)) > 1:
-            raise NoRule(f"{site.what} takes every few positions of several axes")
-        axis, taken = next(iter(bounds.items()))
-        alive = cut.alive(site.axes()[axis])
-        picked = np.arange(alive.size)[taken]
-        places = (np.cumsum(alive) - 1)[picked[alive[picked]]]
-        name = cut.store(places.astype(np.int64), f"{site.node.output[0]}_picked")
-        data = site.node.input[0]
-        del site.node.input[:]
-        del site.node.attribute[:]
-        site.node.op_type = "Gather"
-        site.node.input.extend([data, name])
-        cut.set_attribute(site, "axis", axis)
-        return
-    starts, ends = list(site.ints("starts", 1) or []), list(site.ints("ends", 2) or [])
-    order = [i % len(site.axes()) for i in (site.ints("axes", 3) or range(len(starts)))]
-    for axis, taken in bounds.items():
-        alive = cut.alive(site.axes()[axis])
-        index = order.index(axis)
-        starts[index] = int(alive[: taken.start].sum())
-        ends[index] = starts[index] + int(alive[taken].sum())
-    cut.set_ints(site, "starts", 1, starts)
-    cut.set_ints(site, "ends", 2, ends)
-
-
-def _gather(site: Site) -> None:
-    axes, nulls, axis = list(site.axes()), list(site.null(0)), site.axis()
-    indices = site.content(1)
-    if indices is None or indices.ndim > 1:
-        site.pin(axes[axis], "looks entries up in it")
-        middle = list(site.axes(1))
-        site.give(
-            [*axes[:axis], *middle, *axes[axis + 1 :]], [*nulls[:axis], *[False] * len(middle), *nulls[axis + 1 :]]
-        )
-        return
-    places = indices % max(axes[axis].size, 1)
-    if indices.ndim == 0:
-        site.pin(axes[axis][[int(places)]], "picks one entry")
-        site.give([a for i, a in enumerate(axes) if i != axis], [n for i, n in enumerate(nulls) if i != axis])
-        return
-    site.give([a[places] if i == axis else a for i, a in enumerate(axes)], nulls)
-
-
-def _resize_gather(site: Site, cut: Cut) -> None:
-    axis = site.axes()[site.axis()]
-    indices = site.content(1)
-    if indices is None or not cut.touches([axis]):
-        return
-    alive = cut.alive(axis)
-    places = indices % axis.size
-    if indices.ndim == 1:
-        places = places[alive[places]]
-    cut.set_operand(site, 1, (np.cumsum(alive) - 1)[places].astype(indices.dtype))
-
-
-def _pads(site: Site) -> list[tuple[int, int]]:
-    rank = len(site.axes())
-    given = site.ints("pads", 1) or site.ints("paddings", 1) or []
-    axes = [int(i) % rank for i in site.settled(3).reshape(-1)] if site.has(3) else list(range(rank))
-    pads = [(0, 0)] * rank
-    for i, axis in enumerate(axes):
-        pads[axis] = (given[i], given[i + len(axes)])
-    return pads
-
-
-def _pad(site: Site) -> None:
-    axes = list(site.axes())
-    pads = _pads(site)
-    nulls = list(site.null(0))
-    for i, (begin, end) in enumerate(pads):
-        if (begin, end) == (0, 0):
-            continue
-        if (
-            site.attribute("mode", "constant") == "constant"
-            and min(begin, end) >= 0
-            and not site.labels.is_fixed(axes[i])
-        ):
-            axes[i] = np.concatenate([site.labels.fresh(begin), axes[i], site.labels.fresh(end)])
-            nulls[i] = False
-        else:
-            site.pin(axes[i], f"pads axis {i}")
-            axes[i] = site.fixed(site.result()[i], f"pads axis {i}")
-    site.give(axes, nulls)
-
-
-def _resize_pad(site: Site, cut: Cut) -> None:
-    pads = _pads(site)
-    changed = False
-    for i, (begin, end) in enumerate(pads):
-        axis = site.outputs[0][i]
-        if begin >= 0 and end >= 0 and (begin or end) and cut.touches([axis]):
-            alive = cut.alive(axis)
-            pads[i] = (int(alive[:begin].sum()), int(alive[alive.size - end :].sum()))
-            changed = True
-    if changed:
-        order = [int(i) % len(pads) for i in site.settled(3).reshape(-1)] if site.has(3) else list(range(len(pads)))
-        name = "pads" if site.version >= 2 else "paddings"
-        cut.set_ints(site, name, 1, [pads[i][0] for i in order] + [pads[i][1] for i in order])
-
-
-def _tile(site: Site) -> None:
-    repeats = site.settled(1).reshape(-1)
-    site.give([np.tile(axis, int(r)) for axis, r in zip(site.axes(), repeats, strict=True)], site.null(0))
-
-
-def _expand(site: Site) -> None:
-    axes, nulls, shape = site.axes(), site.null(0), site.result()
-    missing = len(shape) - len(axes)
-    result, kept = [], []
-    for i, size in enumerate(shape):
-        if i >= missing and axes[i - missing].size == size:
-            result.append(axes[i - missing])
-            kept.append(nulls[i - missing])
-        else:
-            result.append(_new_axis(site, i, size))
-            kept.append(False)
-    site.give(result, kept)
-
-
-def _new_axis(site: Site, index: int, size: int) -> Axis:
-    """An axis whose positions are all made of the same: any number of them would do."""
-    if size == 1 or site.varies(index):
-        return site.fixed(size, "makes it")
-    axis = site.labels.fresh(size)
-    site.labels.avoid(axis)
-    return axis
-
-
-def _resize_expand(site: Site, cut: Cut) -> None:
-    axes = site.outputs[0]
-    if not cut.touches(axes):
-        return
-    entries = site.settled(1).reshape(-1).tolist()
-    missing = len(axes) - len(entries)
-    sizes = [
-        cut.count(axes[missing + i]) if entry == axes[missing + i].size and cut.touches([axes[missing + i]]) else None
-        for i, entry in enumerate(entries)
-    ]
-    if any(size is not None for size in sizes):
-        cut.set_sizes(site, 1, sizes)
-
-
-def _constant_of_shape(site: Site) -> None:
-    site.give([_new_axis(site, i, size) for i, size in enumerate(site.result())])
-
-
-def _resize_constant_of_shape(site: Site, cut: Cut) -> None:
-    axes = site.outputs[0]
-    if cut.touches(axes):
-        cut.set_sizes(site, 0, [cut.count(a) if cut.touches([a]) else None for a in axes])
 
 
 def _depth_to_space(site: Site) -> None:
@@ -392,81 +219,38 @@ def _space_to_depth(site: Site) -> None:
     )
 
 
-def _resize_image(site: Site) -> None:
-    axes, shape = site.axes(), site.result()
-    if site.attribute("coordinate_transformation_mode", "") == "tf_crop_and_resize":
-        raise NoRule(f"{site.what} crops while it resizes")
-    result = []
-    for i, (axis, size) in enumerate(zip(axes, shape, strict=True)):
-        if axis.size == size:
-            result.append(axis)
-        else:
-            site.pin(axis, f"resizes axis {i}")
-            result.append(site.fixed(size, f"resizes axis {i}"))
-    site.give(result, site.null(0))
+def _reverse_sequence(site: Site) -> None:
+    """The axes of time and batch; each sequence has a length."""
+    axes = site.axes()
+    time, batch = int(site.attribute("time_axis", 0)), int(site.attribute("batch_axis", 1))
+    site.pin(axes[time], "turns it round")
+    site.labels.tie(axes[batch], site.axes(1)[0])
+    site.give(axes, site.null(0))
 
 
-def _resize_sizes(site: Site, cut: Cut) -> None:
-    axes = site.outputs[0]
-    if not site.has(3) or not cut.touches(axes):
-        return
-    named = site.attribute("axes")
-    order = [int(i) % len(axes) for i in named] if named is not None else range(len(axes))
-    sizes = [cut.count(axes[i]) if cut.touches([axes[i]]) else None for i in order]
-    if any(size is not None for size in sizes):
-        cut.set_sizes(site, 3, sizes)
+def _trilu(site: Site) -> None:
+    for axis in site.axes()[-2:]:
+        site.pin(axis, "cuts a triangle along it")
+    hold(site, 1, "cuts a triangle")
+    site.give(site.axes(), site.null(0))
 
 
 def _shape(site: Site) -> None:
     site.give_fixed("counts positions")
 
 
-def _along(attribute: str, why: str, default: int = -1, operand: int | None = None) -> Rule:
-    """Operators that work along one axis, which stays whole."""
-
-    def tie(site: Site) -> None:
-        axis = (
-            int(site.settled(operand).reshape(-1)[0])
-            if operand is not None
-            else int(site.attribute(attribute, default))
-        )
-        axes = site.axes()
-        site.pin(axes[axis], why)
-        for index in range(len(site.node.output)):
-            sizes = site.result(index)
-            kept = [a if i != axis % len(axes) else site.fixed(sizes[i], why) for i, a in enumerate(axes)]
-            site.give(kept)
-
-    return Rule(tie)
-
-
-def _trilu(site: Site) -> None:
-    for axis in site.axes()[-2:]:
-        site.pin(axis, "cuts a triangle along it")
-    site.give(site.axes(), site.null(0))
-
-
 RULES: dict[tuple[str, str], Rule] = {
     ("", "Reshape"): Rule(_reshape, _resize_shape),
     ("", "Flatten"): Rule(_reshape),
     ("", "Transpose"): Rule(_transpose),
-    ("", "Squeeze"): Rule(_squeeze),
+    ("", "Squeeze"): Rule(_squeeze, _resize_squeeze),
     ("", "Unsqueeze"): Rule(_unsqueeze),
     ("", "Concat"): Rule(_concat),
     ("", "Split"): Rule(_split, _resize_split),
-    ("", "Slice"): Rule(_slice, _resize_slice),
-    ("", "Gather"): Rule(_gather, _resize_gather),
-    ("", "Pad"): Rule(_pad, _resize_pad),
-    ("", "Tile"): Rule(_tile),
-    ("", "Expand"): Rule(_expand, _resize_expand),
-    ("", "ConstantOfShape"): Rule(_constant_of_shape, _resize_constant_of_shape),
     ("", "DepthToSpace"): Rule(_depth_to_space),
     ("", "SpaceToDepth"): Rule(_space_to_depth),
-    ("", "Resize"): Rule(_resize_image, _resize_sizes),
-    ("", "Upsample"): Rule(_resize_image),
+    ("", "ReverseSequence"): Rule(_reverse_sequence),
+    ("", "Trilu"): Rule(_trilu),
     ("", "Shape"): Rule(_shape),
     ("", "Size"): Rule(_shape),
-    ("", "CumSum"): _along("", "sums along it", operand=1),
-    ("", "TopK"): _along("axis", "sorts along it"),
-    ("", "Trilu"): Rule(_trilu),
 }

@@ -1,10 +1,12 @@
-"""Operators that average, normalise or pool."""
+"""Operators that average or normalise."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from onnxprune.structure.site import Cut, Rule, Site
+from onnxprune.structure.labels import Axis
+from onnxprune.structure.rules.elementwise import finite, hold
+from onnxprune.structure.site import Cut, NoRule, Rule, Site
 
 SUMS = {"ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare"}
 """Reductions that zeros add nothing to."""
@@ -12,16 +14,25 @@ SUMS = {"ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare"}
 
 def _batch_norm(site: Site) -> None:
     axes = site.axes()
-    channels = axes[1] if len(axes) > 1 else axes[0]
+    if site.version < 9 and not site.attribute("spatial", 1):
+        raise NoRule(f"{site.what} has statistics per place (spatial=0)")
+    channels = axes[1] if len(axes) > 1 else site.fixed(1, "has one channel only")
     for operand in range(1, 5):
         site.labels.tie(channels, site.axes(operand)[0])
-    site.zeroed += [1, 2]
-    site.solid += [3, 4]
-    null = site.constant[1] and site.constant[2]
-    site.give(axes, [null if i == 1 else n for i, n in enumerate([False] * len(axes))])
-    for index in range(1, len(site.node.output)):
-        if site.node.output[index]:
+    if float(site.attribute("epsilon", 1e-5)) <= 0:
+        finite(site, 4, "divides by the variance, and pruned positions would hold 0")
+    null = _affine(site, 1, 2)
+    site.give(axes, [null if i == 1 else False for i in range(len(axes))])
+    for name in site.node.output[1:]:
+        if name:
             site.give([channels])
+        else:
+            site.give([])
+
+
+def _affine(site: Site, *operands: int) -> bool:
+    """Whether a scale and a bias make 0 of what is pruned."""
+    return all(site.null(operand)[0] for operand in operands)
 
 
 def _instance_norm(site: Site) -> None:
@@ -30,8 +41,8 @@ def _instance_norm(site: Site) -> None:
         site.labels.tie(axes[1], site.axes(operand)[0])
     for i, axis in enumerate(axes[2:], 2):
         site.pin(axis, f"normalises over axis {i}")
-    site.zeroed += [1, 2]
-    site.give(axes, [i == 1 and site.constant[1] and site.constant[2] for i in range(len(axes))])
+    null = _affine(site, 1, 2)
+    site.give(axes, [i == 1 and null for i in range(len(axes))])
 
 
 def _group_norm(site: Site) -> None:
@@ -44,8 +55,8 @@ def _group_norm(site: Site) -> None:
     for operand in (1, 2):
         scale = site.axes(operand)[0]
         site.labels.tie(scale, axes[1] if scale.size == axes[1].size else groups)
-    site.zeroed += [1, 2]
-    site.give(axes, [i == 1 and site.constant[1] and site.constant[2] for i in range(len(axes))])
+    null = _affine(site, 1, 2) and site.axes(1)[0].size == axes[1].size
+    site.give(axes, [i == 1 and null for i in range(len(axes))])
 
 
 def _resize_group_norm(site: Site, cut: Cut) -> None:
@@ -53,23 +64,30 @@ def _resize_group_norm(site: Site, cut: Cut) -> None:
     cut.set_attribute(site, "num_groups", int(site.attribute("num_groups")) * cut.count(site.axes()[1]) // old)
 
 
-def last_axes(site: Site, first: int, why: str) -> None:
-    """Results like the first operand, whose axes from one on stay whole, and so do those of all parameters."""
-    axes = site.axes()
-    for i in range(first, len(axes)):
-        site.pin(axes[i], f"{why} axis {i}")
-    for operand in range(1, len(site.node.input)):
-        for axis in (site.inputs[operand] if site.has(operand) else None) or ():
-            site.pin(axis, f"{why} it")
-    site.give(axes, [n and i < first for i, n in enumerate(site.null(0))])
-
-
 def _layer_norm(site: Site) -> None:
-    first = site.axis("axis", -1)
-    last_axes(site, first, "normalises over")
-    for index in range(1, len(site.node.output)):
-        if site.node.output[index]:
-            site.give([a if i < first else site.fixed(1, "reduces it") for i, a in enumerate(site.axes())])
+    """LayerNormalization, RMSNormalization: from an axis on, axes stay whole, and so do the scale's and bias's."""
+    axes, first = site.axes(), site.axis("axis", -1)
+    for i in range(first, len(axes)):
+        site.pin(axes[i], f"normalises over axis {i}")
+    for operand in range(1, len(site.node.input)):
+        _against(site, axes, operand)
+    biased = len(site.node.input) > 2 and site.has(2)
+    site.give(axes, [n and i < first and not biased for i, n in enumerate(site.null(0))])
+    for name in site.node.output[1:]:
+        if name:
+            site.give([a if i < first else site.fixed(1, "reduces it") for i, a in enumerate(axes)])
+        else:
+            site.give([])
+
+
+def _against(site: Site, axes: Sequence[Axis], operand: int) -> None:
+    """A parameter that is broadcast against axes, and gives the result none of its own."""
+    own = site.axes(operand) if site.has(operand) else ()
+    for axis, other in zip(axes[len(axes) - len(own) :], own, strict=True):
+        if other.size == 1 != axis.size:
+            site.pin(other, "repeats its only position")
+        else:
+            site.labels.tie(axis, other)
 
 
 def _softmax(site: Site) -> None:
@@ -98,24 +116,29 @@ def _lrn(site: Site) -> None:
 
 def _mean_variance(site: Site) -> None:
     for i in site.attribute("axes") or (0, 2, 3):
-        site.pin(site.axes()[i], f"normalises over axis {i}")
+        site.pin(site.axes()[i], f"normalises over axis {i % len(site.axes())}")
+    for axis in site.axes():
+        site.pin(axis, "divides by a variance that is 0 for a pruned channel")
     site.give(site.axes())
 
 
 def _reduce(site: Site) -> None:
     axes, nulls = site.axes(), site.null(0)
     given = site.ints("axes", 1)
-    if not given and site.attribute("noop_with_empty_axes", 0):
-        site.give(axes, nulls)
-        return
-    gone = sorted(i % len(axes) for i in given) if given else list(range(len(axes)))
+    hold(site, 1, "reduces what it lists")
+    if given or not site.attribute("noop_with_empty_axes", 0):
+        gone = sorted(i % len(axes) for i in given) if given else list(range(len(axes)))
+    else:
+        gone = []
     for i in gone:
         if not (site.node.op_type in SUMS and nulls[i]):
             site.pin(axes[i], f"reduces axis {i}")
+    if site.node.op_type == "ReduceLogSum":
+        finite(site, 0, "takes a logarithm, and pruned positions would hold 0")
     keeps = int(site.attribute("keepdims", 1))
     result = [(site.fixed(1, "reduces it"), False) if i in gone else (axes[i], nulls[i]) for i in range(len(axes))]
     result = [pair for i, pair in enumerate(result) if keeps or i not in gone]
-    keeps_zero = site.node.op_type not in {"ReduceLogSum", "ReduceLogSumExp", "ReduceProd"}
+    keeps_zero = site.node.op_type not in {"ReduceLogSum", "ReduceLogSumExp"}
     site.give([a for a, _ in result], [n and keeps_zero for _, n in result])
 
 
@@ -127,17 +150,25 @@ def _arg(site: Site) -> None:
     site.give([site.fixed(1, "reduces it") if i == axis else a for i, a in enumerate(axes) if keeps or i != axis])
 
 
-def _pool(site: Site) -> None:
+def _det(site: Site) -> None:
     axes = site.axes()
-    for i, axis in enumerate(axes[2:], 2):
-        site.pin(axis, f"pools axis {i}")
-    for index, name in enumerate(site.node.output):
-        if name:
-            pooled = [site.fixed(size, "pools it") for size in site.result(index)[2:]]
-            site.give([*axes[:2], *pooled], [*site.null(0)[:2], *[False] * len(pooled)])
+    for axis in axes[-2:]:
+        site.pin(axis, "mixes the last two axes")
+    site.give(axes[:-2])
 
 
-POOLS = ["MaxPool", "AveragePool", "LpPool", "GlobalMaxPool", "GlobalAveragePool", "GlobalLpPool"]
+def _dft(site: Site) -> None:
+    """The last axis holds real and imaginary parts."""
+    axes = list(site.axes())
+    for operand in (1, 2):
+        hold(site, operand, "takes sizes from it")
+    along = site.attribute("axis", 1) if site.version < 20 else site.settled(2) if site.has(2) else -2
+    for i in (int(along) % len(axes), len(axes) - 1):
+        site.pin(axes[i], f"mixes axis {i}")
+        axes[i] = site.fixed(site.result()[i], f"mixes axis {i}")
+    site.give(axes, site.null(0))
+
+
 REDUCTIONS = ["Sum", "Mean", "Max", "Min", "Prod", "L1", "L2", "SumSquare", "LogSum", "LogSumExp"]
 
 RULES: dict[tuple[str, str], Rule] = {
@@ -147,11 +178,12 @@ RULES: dict[tuple[str, str], Rule] = {
     ("", "LayerNormalization"): Rule(_layer_norm),
     ("", "RMSNormalization"): Rule(_layer_norm),
     ("", "SimplifiedLayerNormalization"): Rule(_layer_norm),
+    ("", "DFT"): Rule(_dft),
+    ("", "Det"): Rule(_det),
     ("", "LRN"): Rule(_lrn),
     ("", "MeanVarianceNormalization"): Rule(_mean_variance),
     ("", "LpNormalization"): Rule(_one_axis("normalises over", -1)),
     **{("", op): Rule(_softmax) for op in ("Softmax", "LogSoftmax", "Hardmax")},
     **{("", op): Rule(_arg) for op in ("ArgMax", "ArgMin")},
-    **{("", op): Rule(_pool) for op in POOLS},
     **{("", f"Reduce{op}"): Rule(_reduce) for op in REDUCTIONS},
 }

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 from onnxprune.structure.labels import Axis
+from onnxprune.structure.rules.elementwise import meet
 from onnxprune.structure.site import Cut, NoRule, Rule, Site
 
 
-def contract(site: Site, left: tuple[int, int], right: tuple[int, int]) -> None:
-    """Sum over an axis of two operands: what is pruned has to be 0 on one side.
+def contract(site: Site, *places: tuple[int, int]) -> None:
+    """Sum over an axis that operands share: what is pruned has to be 0 in one of them.
 
     Args:
         site: the node.
-        left: operand and axis.
-        right: operand and axis.
+        places: operand and axis.
     """
-    a, b = site.axes(left[0])[left[1]], site.axes(right[0])[right[1]]
-    site.labels.tie(a, b)
-    weighted = site.constant[left[0]] or site.constant[right[0]]
-    if not weighted and not site.null(left[0])[left[1]] and not site.null(right[0])[right[1]]:
-        site.pin(a, "sums over it, and what is pruned is not 0 there")
+    axes = [site.axes(operand)[axis] for operand, axis in places]
+    for other in axes[1:]:
+        site.labels.tie(axes[0], other)
+    if not any(site.null(operand)[axis] for operand, axis in places):
+        site.pin(axes[0], "sums over it, and what is pruned is not 0 there")
 
 
-def _spatial(site: Site, first: int = 2) -> list[Axis]:
+def _spatial(site: Site) -> list[Axis]:
     """The axes a kernel runs over: they stay, and so do those of the result."""
-    for i, axis in enumerate(site.axes()[first:], first):
+    for i, axis in enumerate(site.axes()[2:], 2):
         site.pin(axis, f"runs over axis {i}")
-    return [site.fixed(size, f"runs over axis {i}") for i, size in enumerate(site.result()[first:], first)]
+    return [site.fixed(size, f"runs over axis {i}") for i, size in enumerate(site.result()[2:], 2)]
 
 
 def convolution(site: Site, data: int = 0, weight: int = 1, bias: int = 2) -> None:
@@ -39,12 +39,15 @@ def convolution(site: Site, data: int = 0, weight: int = 1, bias: int = 2) -> No
     else:
         groups = site.labels.fresh(group)
         site.labels.relate(x[1], [groups, w[1]], f"{site.what} (group={group})")
+        if not site.null(data)[1] and not site.null(weight)[1]:
+            site.pin(w[1], "sums over it, and what is pruned is not 0 there")
         offsets = site.labels.split(w[0], (group, w[0].size // group), site.what)
         site.labels.tie(groups, offsets[0])
-    site.give([x[0], w[0], *_spatial(site, 2)], [False, site.constant[weight], *[False] * (len(x) - 2)])
+    null = site.null(weight)[0]
     if site.has(bias):
         site.labels.tie(w[0], site.axes(bias)[0])
-        site.zeroed.append(bias)
+        null = null and site.null(bias)[0]
+    site.give([x[0], w[0], *_spatial(site)], [False, null, *[False] * (len(x) - 2)])
 
 
 def resize_group(site: Site, cut: Cut, data: int = 0, weight: int = 1) -> None:
@@ -65,22 +68,36 @@ def _resize_conv(site: Site, cut: Cut) -> None:
     resize_group(site, cut)
 
 
+def _deform_conv(site: Site) -> None:
+    """Offsets and masks are for all channels, or for groups of them, which stay then."""
+    convolution(site, bias=3)
+    for operand in (2, 4):
+        if site.has(operand):
+            batch, *others = site.axes(operand)
+            site.labels.tie(site.axes()[0], batch)
+            for axis in others:
+                site.pin(axis, "moves its kernel by it")
+    if int(site.attribute("offset_group", 1)) > 1:
+        site.pin(site.axes()[1], "moves its kernel for each group of channels")
+
+
 def _conv_transpose(site: Site) -> None:
     x, w = site.axes(0), site.axes(1)
     group = int(site.attribute("group", 1))
     for i, axis in enumerate(w[2:], 2):
         site.pin(axis, f"has a kernel along axis {i}")
-    site.labels.tie(x[1], w[0])
+    contract(site, (0, 1), (1, 0))
     if group == 1:
         outputs = w[1]
     else:
         factors = site.labels.split(w[0], (group, w[0].size // group), site.what)
         outputs = site.labels.fresh(group * w[1].size)
         site.labels.relate(outputs, [factors[0], w[1]], f"{site.what} (group={group})")
-    site.give([x[0], outputs, *_spatial(site)], [False, site.constant[1], *[False] * (len(x) - 2)])
+    null = site.null(1)[1] and (group == 1 or site.null(1)[0])
     if site.has(2):
         site.labels.tie(outputs, site.axes(2)[0])
-        site.zeroed.append(2)
+        null = null and site.null(2)[0]
+    site.give([x[0], outputs, *_spatial(site)], [False, null, *[False] * (len(x) - 2)])
 
 
 def _resize_conv_transpose(site: Site, cut: Cut) -> None:
@@ -98,18 +115,17 @@ def _gemm(site: Site) -> None:
     a, b = site.axes(0), site.axes(1)
     left, right = int(site.attribute("transA", 0)), int(site.attribute("transB", 0))
     contract(site, (0, 0 if left else 1), (1, 1 if right else 0))
-    rows, columns = a[1 if left else 0], b[0 if right else 1]
-    along = site.null(0)[1 if left else 0], site.null(1)[0 if right else 1]
+    result = [a[1 if left else 0], b[0 if right else 1]]
+    along = [site.null(0)[1 if left else 0], site.null(1)[0 if right else 1]]
     if site.has(2):
         bias = site.axes(2)
-        site.zeroed.append(2)
-        if bias and bias[-1].size != 1:
-            site.labels.tie(bias[-1], columns)
-        if len(bias) == 2 and bias[0].size != 1:
-            site.labels.tie(bias[0], rows)
-        full = bool(bias) and bias[-1].size == columns.size
-        along = along[0] and len(bias) == 2 and bias[0].size == rows.size, along[1] and full
-    site.give([rows, columns], along)
+        missing = 2 - len(bias)
+        for i in range(2):
+            met = [result[i], *bias[i - missing : i - missing + 1]] if i >= missing else [result[i]]
+            whole = len(met) > 1 and met[1].size == met[0].size
+            along[i] = along[i] and whole and site.null(2)[i - missing]
+            result[i] = meet(site, met)
+    site.give(result, along)
 
 
 def matmul(site: Site, left: int = 0, right: int = 1) -> None:
@@ -118,61 +134,69 @@ def matmul(site: Site, left: int = 0, right: int = 1) -> None:
     if not a or not b:
         raise NoRule(f"{site.what} has a scalar operand")
     contract(site, (left, len(a) - 1), (right, max(len(b) - 2, 0)))
-    batch, nulls = [], []
     wide = max(len(a), len(b)) - 2
-    for i in range(wide):
-        meeting = []
-        for operand, axes in ((left, a), (right, b)):
-            place = i - (wide - (len(axes) - 2))
-            if len(axes) > 2 and place >= 0:
-                meeting.append((axes[place], site.null(operand)[place]))
-        long = [m for m in meeting if m[0].size != 1] or meeting[:1]
-        for other in long[1:]:
-            site.labels.tie(long[0][0], other[0])
-        open_ = [m for m in long if not site.labels.is_fixed(m[0])]
-        batch.append((open_ or long)[0][0])
-        nulls.append(any(null for _, null in long))
+    result, nulls = [], []
+    for back in range(wide + 2, 2, -1):
+        meeting = [(axes[-back], site.null(o)[-back]) for o, axes in ((left, a), (right, b)) if len(axes) >= back]
+        axis = meet(site, [m for m, _ in meeting])
+        result.append(axis)
+        nulls.append(any(null and m.size == axis.size for m, null in meeting))
         if not site.constant[left] and not site.constant[right]:
-            site.labels.prefer(batch[-1])
-    rows = [(a[-2], site.null(left)[-2])] if len(a) > 1 else []
-    columns = [(b[-1], site.null(right)[-1])] if len(b) > 1 else []
-    ends = [*rows, *columns]
-    site.give([*batch, *(axis for axis, _ in ends)], [*nulls, *(null for _, null in ends)])
+            site.labels.prefer(axis)
+    ends = [(a[-2], site.null(left)[-2])] if len(a) > 1 else []
+    ends += [(b[-1], site.null(right)[-1])] if len(b) > 1 else []
+    site.give([*result, *(axis for axis, _ in ends)], [*nulls, *(null for _, null in ends)])
 
 
 def _matmul(site: Site) -> None:
     matmul(site)
 
 
-def _einsum(site: Site) -> None:
+def _terms(site: Site) -> tuple[list[list[str]], list[str]]:
+    """An Einsum's letters, operand by operand, and its result's; the axes of an ellipsis are called '0', '1', ..."""
     equation = str(site.attribute("equation")).replace(" ", "")
-    if "." in equation:
-        raise NoRule(f"{site.what} has an ellipsis in its equation")
     left, arrow, right = equation.partition("->")
-    terms = left.split(",")
-    if not arrow:
-        right = "".join(sorted(c for c in set(left) - {","} if left.count(c) == 1))
+    texts = left.split(",")
+    spans = [len(site.axes(i)) - len(t.replace("...", "")) if "..." in t else 0 for i, t in enumerate(texts)]
+    most = max(spans)
+
+    def letters(text: str, span: int) -> list[str]:
+        before, dots, after = text.partition("...")
+        return [*before, *([str(i) for i in range(most - span, most)] if dots else []), *after]
+
+    terms = [letters(text, span) for text, span in zip(texts, spans, strict=True)]
+    if arrow:
+        return terms, letters(right, most)
+    every = [letter for term in terms for letter in term]
+    once = sorted(letter for letter in set(every) if every.count(letter) == 1 and letter.isalpha())
+    return terms, [*(str(i) for i in range(most)), *once]
+
+
+def _einsum(site: Site) -> None:
+    terms, right = _terms(site)
     seen: dict[str, list[tuple[int, int]]] = {}
     for operand, term in enumerate(terms):
+        if len(term) != len(site.axes(operand)):
+            raise NoRule(f"{site.what} names {len(term)} axes of an operand with {len(site.axes(operand))}")
         for place, letter in enumerate(term):
             seen.setdefault(letter, []).append((operand, place))
+    made: dict[str, tuple[Axis, bool]] = {}
     for letter, places in seen.items():
-        axes = [site.axes(operand)[place] for operand, place in places]
-        for other in axes[1:]:
-            site.labels.tie(axes[0], other)
-        weighted = any(site.constant[operand] or site.null(operand)[place] for operand, place in places)
-        if letter not in right and not weighted:
-            site.pin(axes[0], "sums over it, and what is pruned is not 0 there")
+        axis = meet(site, [site.axes(operand)[place] for operand, place in places])
+        null = any(site.null(o)[p] and site.axes(o)[p].size == axis.size for o, p in places)
+        made[letter] = axis, null
+        if letter not in right and not null:
+            site.pin(axis, "sums over it, and what is pruned is not 0 there")
         if len({operand for operand, _ in places}) < len(places):
-            site.pin(axes[0], "takes a diagonal of it")
+            site.pin(axis, "takes a diagonal of it")
         if letter in right and len(places) > 1 and not any(site.constant[operand] for operand, _ in places):
-            site.labels.prefer(axes[0])
-    nulls = [any(site.null(operand)[place] for operand, place in seen[letter]) for letter in right]
-    site.give([site.axes(seen[letter][0][0])[seen[letter][0][1]] for letter in right], nulls)
+            site.labels.prefer(axis)
+    site.give([made[letter][0] for letter in right], [made[letter][1] for letter in right])
 
 
 RULES: dict[tuple[str, str], Rule] = {
     ("", "Conv"): Rule(_conv, _resize_conv),
+    ("", "DeformConv"): Rule(_deform_conv, _resize_conv),
     ("", "ConvTranspose"): Rule(_conv_transpose, _resize_conv_transpose),
     ("", "Gemm"): Rule(_gemm),
     ("", "MatMul"): Rule(_matmul),

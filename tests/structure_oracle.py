@@ -1,0 +1,113 @@
+"""What a table of small nets is held against: groups and pins stated literally, and shrunk against masked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+from onnx import TensorProto, numpy_helper, parser
+
+from onnxprune.graph.model import load
+from onnxprune.structure import shrink, verify
+from onnxprune.structure.plan import Plan
+
+Stored = tuple[int, ...] | np.ndarray
+"""The shape of a tensor of random numbers, or its content."""
+
+
+@dataclass(frozen=True, eq=False)
+class Net:
+    """A small net, and what is to be found in it.
+
+    Attributes:
+        name: of the net.
+        text: its graph, in ONNX's text form: `(inputs) => (outputs) { nodes }`.
+        stored: its initializers.
+        groups: '<weight> <channels>', or '<weight> <channels>x<width>' with ' heads' after it.
+        pinned: weight -> what the reason says.
+        opset: of the standard domain.
+        shapes: of inputs with open dims.
+    """
+
+    name: str
+    text: str
+    stored: Mapping[str, Stored]
+    groups: tuple[str, ...]
+    pinned: Mapping[str, str] = field(default_factory=dict)
+    opset: int = 21
+    shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    def model(self) -> onnx.ModelProto:
+        """The net with its weights."""
+        model = parser.parse_model(f'<ir_version: 10, opset_import: ["": {self.opset}, "com.microsoft": 1]> g {self.text}')
+        rng = np.random.default_rng(len(self.name))
+        for name, stored in self.stored.items():
+            array = stored if isinstance(stored, np.ndarray) else rng.uniform(0.2, 1, stored).astype(np.float32)
+            if not isinstance(stored, np.ndarray) and len(stored) > 1:
+                array = array * rng.choice(np.float32([-1, 1]), stored)
+            model.graph.initializer.append(numpy_helper.from_array(array, name))
+        return model
+
+
+def ints(*values: int) -> np.ndarray:
+    """A stored vector of int64."""
+    return np.array(values, np.int64)
+
+
+def found(plan: Plan) -> tuple[str, ...]:
+    """The groups of a plan as a net states them."""
+    return tuple(
+        f"{g.name} {g.size}" + (f"x{g.width}" if g.width > 1 else "") + (" heads" if g.heads else "")
+        for g in plan.coupling.groups
+    )
+
+
+def choose(plan: Plan, seed: int) -> None:
+    """Some channels of every group go, at least one each, and at least one stays."""
+    rng = np.random.default_rng(seed)
+    for group in plan.coupling.groups:
+        gone = np.zeros(group.size, np.bool_)
+        gone[rng.permutation(group.size)[: rng.integers(1, group.size)]] = True
+        plan.removed[group.name] = gone
+
+
+def distance(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]] | None = None, seeds: int = 2) -> float:
+    """The largest relative difference between shrunk and masked for some decisions.
+
+    It is checked as well that masking does something, and that what is cut is smaller.
+    """
+    worst = 0.0
+    for seed in range(seeds):
+        plan = Plan.of(load(model), shapes)
+        dense = plan.coupling.model.proto.SerializeToString()
+        choose(plan, seed)
+        plan.zero(shrink.kept(plan.coupling, plan.removed))
+        cut = plan.cut()
+        assert count(cut.proto) < count(onnx.ModelProto.FromString(dense))
+        for sizes in plan.sizes:
+            worst = max(worst, verify.difference(plan.coupling.model, cut, sizes))
+        assert verify.difference(load(onnx.ModelProto.FromString(dense)), cut, plan.sizes[0]) > 0
+    return worst
+
+
+def count(proto: onnx.ModelProto) -> int:
+    """Entries of all tensors but of sizes and places, those of bodies included."""
+    graphs, total = [proto.graph], 0
+    while graphs:
+        graph = graphs.pop()
+        total += sum(int(np.prod(t.dims)) for t in graph.initializer if t.data_type != TensorProto.INT64)
+        graphs += [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
+    return total
+
+
+def check(net: Net) -> None:
+    """Groups and pins are those stated, and all decisions compute what the masked model does."""
+    model = net.model()
+    plan = Plan.of(load(model), net.shapes or None)
+    reasons = {pinned.name: pinned.reason for pinned in plan.coupling.pinned}
+    stated = {name: net.pinned[name] if net.pinned.get(name, "?") in reasons[name] else reasons[name] for name in reasons}
+    assert (found(plan), stated) == (net.groups, dict(net.pinned))
+    if net.groups:
+        assert distance(model, net.shapes or None) < 1e-4
