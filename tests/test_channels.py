@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
@@ -356,3 +357,38 @@ def test_explain_names_members_and_roles():
         *((f"bn.{what}", 0, "parameter") for what in ("scale", "bias", "mean", "var")),
     }  # fmt: skip
     assert [(p.name, p.outputs) for p in found.pinned] == [("fc", 5)]
+
+
+# ----------------------------------------------------------------------------------------------------------- inexact
+
+
+NORMS = {
+    "layer norm": "n = LayerNormalization<axis=-1>(h, s, t)",
+    "layer norm by hand": "m = ReduceMean<axes=[-1]>(h) c = Sub(h, m) q = Mul(c, c) v = ReduceMean<axes=[-1]>(q) "
+    "e = Sqrt(v) d = Div(c, e) f = Mul(d, s) n = Add(f, t)",
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_over_channels_lose_some_where_that_is_asked_for(name):
+    """What comes out is the norm over what is left: as numpy computes it."""
+    text = f"g (float[N,6] x) => (float[N,4] y) {{h = MatMul(x, a) {NORMS[name]} y = MatMul(n, b)}}"
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> {text}')
+    rng = np.random.default_rng(0)
+    arrays = {
+        k: rng.standard_normal(s).astype(np.float32) for k, s in {"a": (6, 8), "b": (8, 4), "s": 8, "t": 8}.items()
+    }
+    model.graph.initializer.extend(numpy_helper.from_array(array, key) for key, array in arrays.items())
+    exact = onnxprune.prune(model, HALF, align=1)
+    assert exact.report.groups == ()
+    assert any("axis 1" in s.reason for s in exact.report.skipped)
+    result = onnxprune.prune(model, HALF, align=1, inexact=True)
+    assert [(g.name, g.size, g.kept) for g in result.report.groups] == [("a", 8, 4)]
+    assert result.report.difference is None  # it computes something else: the check says nothing
+    stays = result.masks["a"].any(0)
+    x = rng.standard_normal((3, 6)).astype(np.float32)
+    h = x @ arrays["a"][:, stays]
+    centred = h - h.mean(1, keepdims=True)
+    normal = centred / np.sqrt((centred**2).mean(1, keepdims=True) + 1e-5 * (name == "layer norm"))
+    wanted = (normal * arrays["s"][stays] + arrays["t"][stays]) @ arrays["b"][stays]
+    assert run(result.to_proto(), x) == pytest.approx(wanted, rel=1e-4, abs=1e-5)

@@ -65,10 +65,13 @@ def _resize_group_norm(site: Site, cut: Cut) -> None:
 
 
 def _layer_norm(site: Site) -> None:
-    """LayerNormalization, RMSNormalization: from an axis on, axes stay whole, and so do the scale's and bias's."""
+    """LayerNormalization, RMSNormalization: from an axis on, axes stay whole, and so do the scale's and bias's.
+
+    Where another average is accepted, they lose positions together.
+    """
     axes, first = site.axes(), site.axis("axis", -1)
     for i in range(first, len(axes)):
-        site.pin(axes[i], f"normalises over axis {i}")
+        site.average(axes[i], f"normalises over axis {i}")
     for operand in range(1, len(site.node.input)):
         _against(site, axes, operand)
     biased = len(site.node.input) > 2 and site.has(2)
@@ -131,7 +134,9 @@ def _reduce(site: Site) -> None:
     else:
         gone = []
     for i in gone:
-        if not (site.node.op_type in SUMS and nulls[i]):
+        if site.node.op_type == "ReduceMean":
+            site.average(axes[i], f"reduces axis {i}")
+        elif not (site.node.op_type in SUMS and nulls[i]):
             site.pin(axes[i], f"reduces axis {i}")
     if site.node.op_type == "ReduceLogSum":
         finite(site, 0, "takes a logarithm, and pruned positions would hold 0")
