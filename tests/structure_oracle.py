@@ -41,7 +41,9 @@ class Net:
 
     def model(self) -> onnx.ModelProto:
         """The net with its weights."""
-        model = parser.parse_model(f'<ir_version: 10, opset_import: ["": {self.opset}, "com.microsoft": 1]> g {self.text}')
+        model = parser.parse_model(
+            f'<ir_version: 10, opset_import: ["": {self.opset}, "com.microsoft": 1]> g {self.text}'
+        )
         rng = np.random.default_rng(len(self.name))
         for name, stored in self.stored.items():
             array = stored if isinstance(stored, np.ndarray) else rng.uniform(0.2, 1, stored).astype(np.float32)
@@ -107,7 +109,9 @@ def check(net: Net) -> None:
     model = net.model()
     plan = Plan.of(load(model), net.shapes or None)
     reasons = {pinned.name: pinned.reason for pinned in plan.coupling.pinned}
-    stated = {name: net.pinned[name] if net.pinned.get(name, "?") in reasons[name] else reasons[name] for name in reasons}
+    stated = {
+        name: net.pinned.get(name, "?") if net.pinned.get(name, "?") in why else why for name, why in reasons.items()
+    }
     assert (found(plan), stated) == (net.groups, dict(net.pinned))
     if net.groups:
         assert distance(model, net.shapes or None) < 1e-4

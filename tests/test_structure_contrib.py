@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from structure_oracle import Net, Stored, check, distance, found
+from structure_oracle import Net, Stored, check, distance, found, ints
 
 from onnxprune.errors import PruneError
 from onnxprune.graph.model import load
@@ -121,6 +121,10 @@ FUSED = [
         ("w1 8", "w2 7"),
         None,
         7,
+    ),
+    rows(
+        "batches behind rows",
+        "t = Transpose<perm = [1, 0, 2]>(h) s = MS.FusedMatMul<transBatchA = 1, transB = 1>(t, h) z = MatMul(s, h)",
     ),
     rows(
         "skip norm",
@@ -252,6 +256,19 @@ ATTENTION = [
         {**QKV, "p": np.array([0]), "cos": (9, 2), "sin": (9, 2)},
     ),
     attention(
+        "keys of 4 axes",
+        f"{PROJECTED} k1 = Reshape(k, s) k2 = Transpose<perm = [0, 2, 1, 3]>(k1) v1 = Reshape(v, s)"
+        " v2 = Transpose<perm = [0, 2, 1, 3]>(v1) z = MS.MultiHeadAttention<num_heads = 3>(q, k2, v2)",
+        {**QKV, "s": ints(2, 5, 3, 4)},
+    ),
+    attention(
+        "rotary of 4 axes",
+        f"{PROJECTED} q1 = Reshape(q, s) q2 = Transpose<perm = [0, 2, 1, 3]>(q1) "
+        "q3 = MS.RotaryEmbedding(q2, p, cos, sin) q4 = Transpose<perm = [0, 2, 1, 3]>(q3) q5 = Reshape(q4, s2)"
+        " z = MS.MultiHeadAttention<num_heads = 3>(q5, k, v)",
+        {**QKV, "s": ints(2, 5, 3, 4), "s2": ints(2, 5, 12), "p": np.array([0]), "cos": (9, 2), "sin": (9, 2)},
+    ),
+    attention(
         "rotary in part",
         f"{PROJECTED} a = MS.RotaryEmbedding<num_heads = 3, rotary_embedding_dim = 2>(q, p, cos, sin)"
         " z = MS.MultiHeadAttention<num_heads = 3>(a, k, v)",
@@ -317,6 +334,16 @@ def test_nets(net: Net) -> None:
     check(net)
 
 
+@pytest.mark.parametrize("name", ["skip norm", "skip norm of the sum", "skip RMS norm"])
+def test_norms_that_may_average_over_fewer(name: str) -> None:
+    """Where that is asked for, norms over channels let them go, and all their parameters go along."""
+    net = _net(name)
+    plan = Plan.of(load(net.model()), inexact=True)
+    assert found(plan) == ("w1 8",)
+    members = {member.name for member in plan.coupling.groups[0].members}
+    assert members == {"w1", "b1", "w3", *net.stored}
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str) -> None:
     """They are never run: what goes in and what comes out stays, and the reason says why."""
@@ -341,6 +368,25 @@ def test_kernels_of_one_machine_only() -> None:
     places = {member.name: member.places.tolist() for member in plan.coupling.groups[0].members}
     assert places["w1"] == places["c"] == [[i, i + 8] for i in range(8)]
     assert places["w3"] == [[i] for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("call", "stored", "groups"),
+    [
+        ("a = MatMul(h, wa) r = Reshape(a, s) z = MS.MultiHeadAttention<num_heads = 3>(r)", (36, 3), "wa 3x12 heads"),
+        (
+            "q = MatMul(h, wq) a = MatMul(h, wa) r = Reshape(a, s) z = MS.MultiHeadAttention<num_heads = 3>(q, r)",
+            (24, 2),
+            "wq 3x4 heads",
+        ),
+    ],
+    ids=["queries, keys and values", "keys and values"],
+)
+def test_packed_operands(call: str, stored: tuple[int, int], groups: str) -> None:
+    """A CPU has no kernel for them: their groups can only be stated."""
+    width, parts = stored
+    net = attention("packed", call, {"wq": (8, 12), "wa": (8, width), "s": ints(2, 5, 3, parts, 4)}, channels=12)
+    assert found(Plan.of(load(net.model()))) == ("w1 8", groups)
 
 
 # ---------------------------------------------------------------- seeded bugs

@@ -24,8 +24,8 @@ RNG = np.random.default_rng(7)
 
 
 def bytes_(*shape: int) -> np.ndarray:
-    """Entries of 8 bits, none near the zero points used below."""
-    return RNG.integers(150, 250, shape).astype(np.uint8)
+    """Entries of 8 bits, on both sides of the zero points used below."""
+    return RNG.integers(90, 170, shape).astype(np.uint8)
 
 
 def signed(*shape: int) -> np.ndarray:
@@ -116,6 +116,7 @@ VALUES = [
         12,
     ),
     values("sigmoid", "v = MS.QLinearSigmoid(h, s, z, t, u)"),
+    values("where", "v = MS.QLinearWhere(k, h, s, z, c, s, z, t, u)", {"k": np.arange(6) > 2, "c": bytes_(8, 1, 1)}),
     values("leaky relu", "v = MS.QLinearLeakyRelu<alpha = 0.1>(h, s, z, t, u)"),
     values(
         "softmax over channels",
@@ -276,7 +277,8 @@ PRODUCTS = [
     ),
     products(
         "integers of what is not 0",
-        "e = Sigmoid(h) r, rs, rz = DynamicQuantizeLinear(e) a = MatMulInteger(r, w2, rz, z) f = Cast<to = 1>(a) v = Mul(f, rs)",
+        "e = Sigmoid(h) r, rs, rz = DynamicQuantizeLinear(e) a = MatMulInteger(r, w2, rz, z)"
+        " f = Cast<to = 1>(a) v = Mul(f, rs)",
         {"w2": bytes_(8, 5)},
         ("w2 5",),
         {"w1": "takes its scale from the largest entry, and what is pruned is not 0 there"},
@@ -366,7 +368,8 @@ LSTM = {
 RECURRENT = Net(
     "lstm",
     "(float[4,2,6] x) => (float[4,1,2,3] y) { m = MatMul(x, w1) p = Add(m, b1) h = Relu(p)"
-    " v, last, cell = com.microsoft.DynamicQuantizeLSTM<hidden_size = 5>(h, w2, r2, b2, , , , , sw, zw, sw, zw) y = MatMul(v, w3) }",
+    " v, last, cell = com.microsoft.DynamicQuantizeLSTM<hidden_size = 5>(h, w2, r2, b2, , , , , sw, zw, sw, zw)"
+    " y = MatMul(v, w3) }",
     LSTM, ("w1 8", "w2 5x4"), {**OUT},
 )  # fmt: skip
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from structure_oracle import Net, check, ints
 
 SCALAR = {"yes": np.array(True), "three": np.array(3)}
@@ -39,7 +38,8 @@ NETS = [
         """(float[N,3] x, bool c) => (float[N,2] y) {
             h = Gemm(x, w1, b1)
             z, u = If (c) <
-                then_branch = g1 () => (float[N,8] a, float[N,4] p) { k = MatMul(h, w2) a = Add(k, h) p = MatMul(h, w4) },
+                then_branch = g1 () => (float[N,8] a, float[N,4] p) { k = MatMul(h, w2) a = Add(k, h) p =
+                    MatMul(h, w4) },
                 else_branch = g2 () => (float[N,8] b, float[N,4] q) { b = Identity(h) q = MatMul(x, w5) }>
             v = MatMul(z, w3) o = MatMul(u, w6) y = Add(v, o)
         }""",
@@ -109,7 +109,8 @@ NETS = [
     Net(
         "an initial state of zeros",
         """(float[T,1,3] x) => (float[1,2] y) {
-            z, all = Scan (s0, x) <num_scan_inputs = 1, body = g1 (float[P,8] s, float[P,3] e) => (float[P,8] t, float[P,8] u)
+            z, all = Scan (s0, x) <num_scan_inputs = 1, body = g1 (float[P,8] s, float[P,3] e) => (float[P,8]
+                t, float[P,8] u)
                 { i = MatMul(e, w1) k = MatMul(s, w2) a = Add(i, k) t = Tanh(a) u = Identity(t) }>
             m = ReduceMax<keepdims = 0>(all, nought) a2 = Add(m, z) y = MatMul(a2, w3)
         }""",
@@ -139,7 +140,8 @@ NETS = [
             z = If (c) <
                 then_branch = g1 () => (float[N,8] a) {
                     a = Loop (three, yes, h) <body = g3 (int64 i, bool c2, float[N,8] s) => (bool d, float[N,8] t)
-                        { d = Identity(c2) r = Reshape(s, apart) p = Relu(r) q = Reshape(p, whole) t = MatMul(q, w2) }> },
+                        { d = Identity(c2) r = Reshape(s, apart) p = Relu(r) q = Reshape(p, whole) t =
+                            MatMul(q, w2) }> },
                 else_branch = g2 () => (float[N,8] b) { b = Neg(h) }>
             y = MatMul(z, w3)
         }""",

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
-
 from structure_oracle import Net, Stored, check, ints
 
 OUT = {"w3": "graph output 'y'"}
@@ -46,9 +45,7 @@ NETS = [
     between("mean", "s = Relu(h) z = Mean(h, s)"),
     between("max", "z = Max(h, c)", {"c": (8, 1, 1)}),
     between("chain", "r = Relu(h) z = Conv(r, w2)", {"w2": (6, 8, 1, 1)}, ("w1 8", "w2 6"), None, 6),
-    between(
-        "grouped", "z = Conv<group = 2>(h, w2, b2)", {"w2": (8, 4, 1, 1), "b2": (8,)}, ("w1 4x2", "w2 4x2")
-    ),
+    between("grouped", "z = Conv<group = 2>(h, w2, b2)", {"w2": (8, 4, 1, 1), "b2": (8,)}, ("w1 4x2", "w2 4x2")),
     between("depthwise", "z = Conv<group = 8, pads = [1, 1, 1, 1]>(h, w2)", {"w2": (8, 1, 3, 3)}),
     between("depthwise with two", "z = Conv<group = 8>(h, w2)", {"w2": (16, 1, 1, 1)}, ("w1 8",), None, 16),
     between(
@@ -94,13 +91,11 @@ NETS = [
         {"s": ints(3, 5)},
     ),
     between("split with a short end", "a, b, c = Split<axis = 1, num_outputs = 3>(h) z = Concat<axis = 1>(c, a, b)"),
+    between("split 11", "a, b = Split<axis = 1, split = [2, 6]>(h) r = Relu(a) z = Concat<axis = 1>(b, r)", opset=11),
     between(
-        "split 11", "a, b = Split<axis = 1, split = [2, 6]>(h) r = Relu(a) z = Concat<axis = 1>(b, r)", opset=11
+        "split 11 even", "a, b = Split<axis = 1>(h) r = Relu(a) z = Add(b, r)", groups=("w1 4x2",), channels=4, opset=11
     ),
-    between("split 11 even", "a, b = Split<axis = 1>(h) r = Relu(a) z = Add(b, r)", groups=("w1 4x2",), channels=4, opset=11),
-    between(
-        "slice", "z = Slice(h, b, e, a)", {"b": ints(2), "e": ints(7), "a": ints(1)}, ("w1 3", "w1#2 5"), None, 5
-    ),
+    between("slice", "z = Slice(h, b, e, a)", {"b": ints(2), "e": ints(7), "a": ints(1)}, ("w1 3", "w1#2 5"), None, 5),
     between(
         "slice of two axes by two and backwards",
         "a = Slice(h, f, e, l, s) r = Resize(a, , , t) z = Concat<axis = 1>(r, h)",
@@ -110,10 +105,32 @@ NETS = [
         12,
         batch="2",
     ),
-    between("slice 9", "a = Slice<starts = [1], ends = [-1], axes = [1]>(h) z = Concat<axis = 1>(h, a)", groups=("w1 2", "w1#2 6"), channels=14, opset=9),
-    between("gather", "z = Gather<axis = 1>(h, i)", {"i": ints(7, 6, 5, 4, 3, 2, 1, 0, 0, -1)}, ("w1 2", "w1#2 6"), None, 10),
-    between("gather of one", "g = Gather<axis = 1>(h, i) u = Unsqueeze(g, a) z = Mul(h, u)", {"i": np.array(3), "a": ints(1)}, ("w1 7",), {"w1": "picks one entry"}),
+    between(
+        "slice 9",
+        "a = Slice<starts = [1], ends = [-1], axes = [1]>(h) z = Concat<axis = 1>(h, a)",
+        groups=("w1 2", "w1#2 6"),
+        channels=14,
+        opset=9,
+    ),
+    between(
+        "gather", "z = Gather<axis = 1>(h, i)", {"i": ints(7, 6, 5, 4, 3, 2, 1, 0, 0, -1)}, ("w1 2", "w1#2 6"), None, 10
+    ),
+    between(
+        "gather of one",
+        "g = Gather<axis = 1>(h, i) u = Unsqueeze(g, a) z = Mul(h, u)",
+        {"i": np.array(3), "a": ints(1)},
+        ("w1 7",),
+        {"w1": "picks one entry"},
+    ),
     between("pad", "z = Pad(h, p)", {"p": ints(0, 1, 0, 0, 0, 2, 0, 0)}, ("w1 8",), None, 11),
+    between(
+        "pad beside a wider one",
+        "p = Pad(h, q) a = Conv(x, w2) z = Add(p, a)",
+        {"q": ints(0, 2, 0, 0, 0, 1, 0, 0), "w2": (11, 3, 1, 1)},
+        ("w1 8", "w2 3"),
+        None,
+        11,
+    ),
     between("pad with axes", "z = Pad(h, p, , a)", {"p": ints(1, 1, 2, 0), "a": ints(1, 2)}, ("w1 8",), None, 11),
     between("pad by reflection", 'z = Pad<mode = "reflect">(h, p)', {"p": ints(0, 0, 1, 1, 0, 0, 1, 1)}),
     between("pad 2", "z = Pad<pads = [0, 1, 0, 0, 0, 1, 0, 0]>(h)", None, ("w1 8",), None, 10, 10),
@@ -121,9 +138,23 @@ NETS = [
     between("expand", "p = GlobalMaxPool(h) s = Shape(h) e = Expand(p, s) z = Add(h, e)"),
     between("transposes", "t = Transpose<perm = [0, 2, 3, 1]>(h) r = Tanh(t) z = Transpose<perm = [0, 3, 1, 2]>(r)"),
     between("squeeze", "u = Unsqueeze(h, a) r = Relu(u) z = Squeeze(r, a)", {"a": ints(1)}),
+    between(
+        "squeeze of all there is",
+        "p = GlobalAveragePool(h) q = Squeeze(p) u = Unsqueeze(q, a) z = Mul(h, u)",
+        {"a": ints(2, 3)},
+        ("w1 2",),
+        None,
+        2,
+        21,
+        2,
+        "2",
+    ),
     between("resize by scales", 'z = Resize<mode = "nearest">(h, , s)', {"s": np.float32([1, 1, 2, 2])}),
     between(
-        "resize by sizes", 's = Shape(h) z1 = Resize<mode = "linear">(h, , , t) z = Relu(z1)', {"t": ints(2, 8, 9, 9)}, batch="2"
+        "resize by sizes",
+        's = Shape(h) z1 = Resize<mode = "linear">(h, , , t) z = Relu(z1)',
+        {"t": ints(2, 8, 9, 9)},
+        batch="2",
     ),
     between("resize with axes", "z = Resize<axes = [2, 3]>(h, , , t)", {"t": ints(9, 3)}),
     between("resize 10", "z = Resize(h, s)", {"s": np.float32([1, 1, 2, 2])}, opset=10),
@@ -146,17 +177,39 @@ NETS = [
         None,
         6,
     ),
+    between("transposed and depthwise", "z = ConvTranspose<group = 8>(h, w2)", {"w2": (8, 1, 2, 2)}),
     between("batch norm", "n = BatchNormalization(h, s, b, m, v) z = Relu(n)", {k: (8,) for k in "sbmv"}),
     between("batch norm 7", "n = BatchNormalization(h, s, b, m, v) z = Relu(n)", {k: (8,) for k in "sbmv"}, opset=7),
     between("instance norm", "z = InstanceNormalization(h, s, b)", {k: (8,) for k in "sb"}),
     between("group norm", "z = GroupNormalization<num_groups = 4>(h, s, b)", {k: (8,) for k in "sb"}, ("w1 4x2",)),
-    between("group norm 18", "z = GroupNormalization<num_groups = 4>(h, s, b)", {k: (4,) for k in "sb"}, ("w1 4x2",), opset=18),
-    between("one group norm", "z = GroupNormalization<num_groups = 1>(h, s, b)", {k: (8,) for k in "sb"}, (), {"w1": "normalises over"}),
+    between(
+        "group norm 18",
+        "z = GroupNormalization<num_groups = 4>(h, s, b)",
+        {k: (4,) for k in "sb"},
+        ("w1 4x2",),
+        opset=18,
+    ),
+    between(
+        "group norm of two", "z = GroupNormalization<num_groups = 2>(h, s, b)", {k: (8,) for k in "sb"}, ("w1 2x4",)
+    ),
+    between(
+        "one group norm",
+        "z = GroupNormalization<num_groups = 1>(h, s, b)",
+        {k: (8,) for k in "sb"},
+        (),
+        {"w1": "normalises over"},
+    ),
     between(
         "group norm as exported",
         "r = Reshape(h, s1) n = InstanceNormalization(r, one, nought) v = Shape(h) u = Reshape(n, v) a = Mul(u, s)"
         " z = Add(a, b)",
-        {"s1": ints(0, 4, -1), "one": np.ones(4, np.float32), "nought": np.zeros(4, np.float32), "s": (8, 1, 1), "b": (8, 1, 1)},
+        {
+            "s1": ints(0, 4, -1),
+            "one": np.ones(4, np.float32),
+            "nought": np.zeros(4, np.float32),
+            "s": (8, 1, 1),
+            "b": (8, 1, 1),
+        },
         ("w1 4x2",),
     ),
     between("prelu", "z = PRelu(h, s)", {"s": (8, 1, 1)}),
@@ -181,14 +234,72 @@ NETS = [
     between("cumulative sum over channels", "z = CumSum(h, a)", {"a": np.array(1)}, (), {"w1": "sums along it"}),
     between("trilu", "z = Trilu(h)"),
     between("top k of rows", "z, i = TopK(h, k)", {"k": ints(3)}),
-    between("gather elements", "z = GatherElements<axis = 3>(h, i)", {"i": np.zeros((2, 8, 6, 2), np.int64)}, batch="2"),
-    between("scatter elements", "z = ScatterElements<axis = 2>(h, i, u)", {"i": np.ones((2, 8, 2, 6), np.int64), "u": (2, 8, 2, 6)}, batch="2"),
+    between(
+        "gather elements", "z = GatherElements<axis = 3>(h, i)", {"i": np.zeros((2, 8, 6, 2), np.int64)}, batch="2"
+    ),
+    between(
+        "scatter elements",
+        "z = ScatterElements<axis = 2>(h, i, u)",
+        {"i": np.ones((2, 8, 2, 6), np.int64), "u": (2, 8, 2, 6)},
+        batch="2",
+    ),
     between("crop", "z = CenterCropPad<axes = [2, 3]>(h, s)", {"s": ints(4, 8)}),
-    between("regions", "z = RoiAlign<output_height = 2, output_width = 2>(h, r, i)", {"r": np.float32([[0, 0, 4, 4], [1, 1, 5, 5]]), "i": ints(0, 0)}),
+    between(
+        "regions",
+        "z = RoiAlign<output_height = 2, output_width = 2>(h, r, i)",
+        {"r": np.float32([[0, 0, 4, 4], [1, 1, 5, 5]]), "i": ints(0, 0)},
+    ),
     between("old regions", "z = MaxRoiPool<pooled_shape = [2, 2]>(h, r)", {"r": np.float32([[0, 0, 0, 4, 4]])}),
     between("dropout", "z = Dropout(h)"),
     between("dropout 10", "z, m = Dropout<ratio = 0.3>(h)", opset=10),
     between("cast", "c = Cast<to = 11>(h) z = Cast<to = 1>(c)"),
+]
+
+NETS += [
+    Net(
+        "a function called twice",
+        """(float[N,3,6,6] x) => (float[N,2,6,6] y) {
+            h = own.block <slope = 0.1> (x, w1, b1) z = own.block <slope = 0.2> (h, w2, b2) y = Conv(z, w3)
+        }
+        <domain: "own", opset_import: ["": 21]>
+        block <slope> (a, w, b) => (d) { c = Conv(a, w, b) d = LeakyRelu <alpha: float = @slope> (c) }""",
+        {"w1": (8, 3, 1, 1), "b1": (8,), "w2": (6, 8, 1, 1), "b2": (6,), "w3": (2, 6, 1, 1)},
+        ("w1 8", "w2 6"),
+        OUT,
+    ),
+    Net(
+        "images of any size",
+        """(float[N,3,H,W] x) => (float[N,2,H2,W2] y) {
+            h = Conv<strides = [2, 2], pads = [1, 1, 1, 1]>(x, w1, b1) d = MaxPool<kernel_shape = [2, 2],
+                strides = [2, 2]>(h)
+            a = Conv(d, w2) s = Shape<start = 2>(h) n = Shape<end = 2>(a) t = Concat<axis = 0>(n, s)
+            u = Resize<mode = "linear">(a, , , t) c = Concat<axis = 1>(u, h) k = Shape(c) r = Reshape(c, apart)
+            m = Transpose<perm = [0, 2, 1, 3]>(r) b = Reshape(m, k) y = Conv(b, w3)
+        }""",
+        {"w1": (8, 3, 3, 3), "b1": (8,), "w2": (8, 8, 1, 1), "w3": (2, 16, 1, 1), "apart": ints(0, 2, 8, -1)},
+        ("w1 8",),
+        OUT,
+        shapes={"x": (1, 3, 16, 12)},
+    ),
+    Net(
+        "constant nodes",
+        """(float[N,3,6,6] x) => (float[N,2,6,6] y) {
+            w = Constant<value = float[4,3,1,1] {1., 2., 3., -1., -2., 3., 4., 1., 1., -3., 2., 1.}>() h = Conv(x, w)
+            s = Constant<value_ints = [0, 4, 1, 1]>() f = Constant<value_floats = [0.5, 1.5, 2.5, 3.5]>() t =
+                Reshape(f, s1)
+            z = Mul(h, t) y = Conv(z, w3)
+        }""",
+        {"w3": (2, 4, 1, 1), "s1": ints(1, 4, 1, 1)},
+        ("w 4",),
+        OUT,
+    ),
+    Net(
+        "the size of what is pruned comes out",
+        """(float[N,3,6,6] x) => (float[N,2,6,6] y, int64[4] s) { h = Conv(x, w1) s = Shape(h) y = Conv(h, w3) }""",
+        {"w1": (8, 3, 1, 1), "w3": (2, 8, 1, 1)},
+        (),
+        {**OUT, "w1": "graph output 's' computes with its size"},
+    ),
 ]
 
 

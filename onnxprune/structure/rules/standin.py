@@ -88,7 +88,10 @@ def inferred(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> list[Shape | 
     """What ONNX's shape inference says of a node's results, whatever the types of its operands."""
     if any(name and name not in shapes for name in node.input):
         return [None] * len(node.output)
-    types = {name: helper.make_tensor_type_proto(TensorProto.FLOAT, shapes[name]) for name in node.input if name}
+    kinds = {name: TensorProto.FLOAT for name in node.input if name}
+    if node.op_type == "Where":
+        kinds[node.input[0]] = TensorProto.BOOL
+    types = {name: helper.make_tensor_type_proto(kind, shapes[name]) for name, kind in kinds.items()}
     opsets = [helper.make_opsetid("", VERSION)]
     schema = defs.get_schema(node.op_type, VERSION, "")
     found = onnx.shape_inference.infer_node_outputs(schema, node, types, opset_imports=opsets, ir_version=8)
