@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
 Net = tuple[nn.Module, tuple[torch.Tensor, ...]]
 
@@ -50,7 +50,7 @@ class Sum(nn.Module):
         self.branches = nn.ModuleList(branches)
 
     def forward(self, x):
-        return F.relu(sum(branch(x) for branch in self.branches))
+        return functional.relu(sum(branch(x) for branch in self.branches))
 
 
 class Cat(nn.Module):
@@ -137,8 +137,8 @@ class UNet(nn.Module):
 
     def forward(self, x):
         first = self.down1(x)
-        second = self.down2(F.max_pool2d(first, 2))
-        x = self.bottom(F.max_pool2d(second, 2))
+        second = self.down2(functional.max_pool2d(first, 2))
+        x = self.bottom(functional.max_pool2d(second, 2))
         x = self.level1(torch.cat([second, self.up1(x)], 1))
         return self.out(self.level2(torch.cat([first, self.up2(x)], 1)))
 
@@ -171,13 +171,13 @@ class Yolo(nn.Module):
         self.c3, self.out = C2f(3 * w, w, 1), nn.Conv2d(w, 4 * 4 + 3, 1)
 
     def forward(self, x):
-        small = F.silu(self.c1(self.stem(x)))
+        small = functional.silu(self.c1(self.stem(x)))
         y = self.narrow(self.c2(self.down(small)))
         pools = [y]
         for _ in range(3):
-            pools.append(F.max_pool2d(pools[-1], 5, 1, 2))
+            pools.append(functional.max_pool2d(pools[-1], 5, 1, 2))
         y = self.wide(torch.cat(pools, 1))
-        y = self.out(self.c3(torch.cat([F.interpolate(y, scale_factor=2.0), small], 1))).flatten(2)
+        y = self.out(self.c3(torch.cat([functional.interpolate(y, scale_factor=2.0), small], 1))).flatten(2)
         boxes, classes = y.split((16, 3), 1)
         return torch.cat([boxes.reshape(1, 4, 4, -1).transpose(1, 2).softmax(1).sum(1), classes.sigmoid()], 1)
 
@@ -332,7 +332,7 @@ class Recurrent(nn.Module):
         self.first, self.gru, self.out = nn.Linear(5, w), nn.GRU(w, 2 * w, batch_first=True), nn.Linear(2 * w, 7)
 
     def forward(self, x):
-        return self.out(self.gru(F.relu(self.first(x)))[1][0])
+        return self.out(self.gru(functional.relu(self.first(x)))[1][0])
 
 
 class Attention(nn.Module):
@@ -373,7 +373,7 @@ class Gated(nn.Module):
 
     def forward(self, x):
         gate, up = self.inputs[0](x).chunk(2, -1) if self.merged else (layer(x) for layer in self.inputs)
-        return self.out(F.silu(gate) * up)
+        return self.out(functional.silu(gate) * up)
 
 
 class Layer(nn.Module):

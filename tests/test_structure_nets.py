@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -231,5 +232,60 @@ def test_bugs_in_rules_are_seen(
     monkeypatch.setitem(RULES, ("", op_type), Rule(lambda site: bug(site, rule.tie), rule.resize))
     plan = Plan.of(model)
     if found(plan.coupling) == EXPECTED[name]:
-        with pytest.raises(PruneError, match="differs from the masked one|cannot be made smaller|onnxruntime"):
+        with pytest.raises(PruneError, match=r"differs from the masked one|cannot be made smaller|onnxruntime"):
             check(plan)
+
+
+# Small transformers with random weights
+
+NORM, MEAN = "LayerNormalization normalises over axis", "ReduceMean reduces axis 2"
+TIED = "Gather looks entries up in it"
+"""An embedding that is the last layer's weight, too."""
+TRANSFORMERS: dict[str, tuple[str, dict[str, int]]] = {
+    # sizes of groups, each times how many there are; reasons of pinned weights, embeddings aside
+    "BERT": ("2*8x32h 1*256 2*1024", {f"{NORM} 2": 4, OUTPUT: 1}),
+    "DistilBERT": ("2*8x32h 2*1024", {f"{NORM} 2": 4}),
+    "RoBERTa": ("2*8x32h 1*256 2*1024", {f"{NORM} 2": 4, OUTPUT: 1}),
+    "GPT-2": ("2*8x96h 2*1024", {f"{NORM} 2": 4, TIED: 1}),
+    "LLaMA (grouped-query)": ("2*4x64h 2*1024", {MEAN: 4, OUTPUT: 1}),
+    "Qwen2 (grouped-query)": ("2*4x64h 2*1024", {MEAN: 4, OUTPUT: 1}),
+    "Qwen3 (grouped-query)": ("2*4x64h 2*1024", {MEAN: 4, OUTPUT: 1}),
+    "Gemma (multi-query)": ("2*8x32h 2*1024", {"Reshape is cut along its axis of 8 positions": 4, MEAN: 4, TIED: 1}),
+    # one table of relative positions for the heads of all layers of a stack; none between the stacks
+    "T5 (encoder and decoder)": ("4*8x32h 4*1024", {MEAN: 10, OUTPUT: 1}),
+    "ViT": ("2*8x32h 2*1024", {f"{NORM} 2": 5, OUTPUT: 1}),
+    "DeiT": ("2*8x32h 2*1024", {f"{NORM} 2": 5, OUTPUT: 1}),
+    "Swin": ("2*2x32h 2*4x32h 2*256 2*512", {f"{NORM} 2": 10, OUTPUT: 1}),
+    "ConvNeXt": ("1*256 1*512 2*768 1*1024", {f"{NORM} 3": 12, f"{NORM} 1": 2, OUTPUT: 1}),
+    # where there is one head, its queries and keys, and its values, lose positions of their own
+    "SegFormer": ("1*2x32h 1*4x32h 1*8x32h 2*32 1*128 6*256 1*512 1*1024", {f"{NORM} 2": 15, OUTPUT: 1}),
+    "Whisper (encoder and decoder)": ("6*8x32h 1*256 4*1024", {f"{NORM} 2": 11, TIED: 1}),
+    "Wav2Vec2": ("2*8x32h 1*64 2*1024", {f"{NORM} 2": 6, OUTPUT: 1}),
+    "CLIP (text and image)": ("4*8x32h 1*128 4*1024", {f"{NORM} 2": 9}),
+    # the first attention of the decoder sees no input: the exporter computes it
+    "DETR": ("5*4x32h 2*16 2*32 5*64 5*128 1*256 5*512", {f"{NORM} 2": 10, OUTPUT: 2}),
+    "ResNet": ("2*16 2*32 5*64 3*128 1*256 1*512", {OUTPUT: 1}),
+    "RegNet": ("2*16 1*32 2*32x2 2*32x4 4*32x8 2*32x16 4*64 1*128 1*256 1*512", {OUTPUT: 1}),
+    "MobileViT": (
+        "2*4x24h 4*4x32h 3*4x40h 1*16 1*32 2*64 4*96 5*128 4*160 2*192 7*256 3*320 1*384 1*512 1*640",
+        {"Reshape adds it": 2, f"{NORM} 2": 19, OUTPUT: 1},
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(Path(__file__).parent / "bench")
+    import _architectures
+
+    chosen = next(a for a in _architectures.transformers() if a.name == name)
+    chosen.write(tmp_path / "net.onnx")
+    plan = Plan.of(load(tmp_path / "net.onnx"))
+    groups, _ = found(plan.coupling)
+    pinned = Counter(plain(p.reason) for p in plan.coupling.pinned if p.op_type not in {"Embedding", "Gather"})
+    expected, reasons = TRANSFORMERS[name]
+    assert " ".join(f"{count}*{size}" for size, count in Counter(groups.split()).items()) == expected
+    assert dict(pinned) == reasons
+    check(plan)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
+import numpy as np
 import onnx
 import tensorflow as tf
+from onnx import helper
 
 from onnxprune.errors import PruneError
 from onnxprune.graph.model import graphs
@@ -45,6 +48,7 @@ def convert(call: Callable[..., Any], signature: Sequence[Any]) -> onnx.ModelPro
     except ImportError as error:
         raise PruneError("exporting from TensorFlow needs tf2onnx: pip install 'onnxprune[keras]'") from error
 
+    _add_erfc()
     with quiet():
         function = tf.function(call)
         function.get_concrete_function(*signature)  # traced while nested functions run inline; tf2onnx finds it cached
@@ -55,6 +59,24 @@ def convert(call: Callable[..., Any], signature: Sequence[Any]) -> onnx.ModelPro
     check_operators(proto)
     result: onnx.ModelProto = proto
     return result
+
+
+@cache
+def _add_erfc() -> None:
+    """Teach tf2onnx the operator that TensorFlow computes GELU with: 1 - Erf."""
+    from tf2onnx.handler import tf_op
+
+    class Erfc:
+        @classmethod
+        def version_9(cls, ctx: Any, node: Any, **_: Any) -> None:
+            shape, dtype = ctx.get_shape(node.output[0]), ctx.get_dtype(node.output[0])
+            one = ctx.make_const(f"{node.name}_one", np.array(1, helper.tensor_dtype_to_np_dtype(dtype)))
+            erf = ctx.make_node("Erf", [node.input[0]], shapes=[shape], dtypes=[dtype])
+            inputs = [one.output[0], erf.output[0]]
+            ctx.remove_node(node.name)
+            ctx.make_node("Sub", inputs, name=node.name, outputs=node.output, shapes=[shape], dtypes=[dtype])
+
+    tf_op("Erfc")(Erfc)
 
 
 def check_operators(proto: onnx.ModelProto) -> None:
