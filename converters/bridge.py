@@ -21,6 +21,7 @@ from onnxprune.graph.masks import Masks
 from onnxprune.graph.weights import Skipped, Weight
 
 from . import deploy
+from .channels import Channels
 
 
 class Bridge(Pruner):
@@ -41,6 +42,8 @@ class Bridge(Pruner):
         self.weights: tuple[Weight, ...] = ()
         self.skipped: tuple[Skipped, ...] = ()
         self._untouched: tuple[Skipped, ...] = ()
+        self._channels: Channels | None = None  # where the configuration takes channels
+        self._smaller = False  # channels have been cut out: what is left is held, and decided no more
         self._kept: dict[str, np.ndarray] = {}
         self._targets: list[float | None] | None = None
         self._holder: Any = None  # what holds the masks in a model; None before the call and after `remove`
@@ -73,7 +76,8 @@ class Bridge(Pruner):
     def report(self) -> Report:
         """One row per weight that is governed, and the ones skipped, with reasons."""
         rows = tuple(row(w, self._kept[w.name]) for w in self.weights if w.name in self._kept)
-        return Report(rows, self.skipped)
+        groups = () if self._channels is None else self._channels.rows(self.config, self._kept)
+        return Report(rows, self.skipped, groups)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`; where a model is attached, its masks are held from now on."""
@@ -90,25 +94,35 @@ class Bridge(Pruner):
             self._holder.remove()
             self._holder = None
 
-    def _check(self, weights: Sequence[Weight], skipped: Sequence[Skipped]) -> None:
+    def _check(self, weights: Sequence[Weight], skipped: Sequence[Skipped], channels: Channels | None = None) -> None:
         """Refuse a model in which there is nothing to do, before anything is touched.
 
         Raises:
             PruneError: an entry of the configuration matches none of the weights; with what was left alone, and why.
+                Channels are asked for, and there is no graph to say what goes along with them.
         """
+        if self.config.coupled and channels is None:
+            raise PruneError(
+                "the patterns 'channel' and 'head' need the graph, which says what goes along with a channel: call the "
+                "pruner with example_inputs, as in pruner(model, example_inputs). Where there are none (a TensorFlow "
+                "graph), prune the exported file with onnxprune.prune"
+            )
         try:
             self.config.assign(weights)
         except PruneError as error:
             reasons = "".join(f"; '{s.name}' ({s.op_type}) is left alone: {s.reason}" for s in skipped[:8])
             raise PruneError(f"{error}{reasons}") from None
 
-    def _attach(self, weights: Sequence[Weight], skipped: Sequence[Skipped] = ()) -> None:
-        """Take charge of a model's weights and prune what is due.
+    def _attach(
+        self, weights: Sequence[Weight], skipped: Sequence[Skipped] = (), channels: Channels | None = None
+    ) -> None:
+        """Take charge of a model's weights, and of its channels where those are pruned, and prune what is due.
 
         Raises:
             PruneError: masks were loaded that do not fit.
         """
         self.weights, self._untouched = tuple(weights), tuple(skipped)
+        self._channels, self._smaller = channels, False
         self._check_masks()
         self._kept = {name: self.masks[name] for name in self.masks}
         self._targets = None
@@ -117,9 +131,14 @@ class Bridge(Pruner):
     def _due(self) -> None:
         """Decide anew where the schedule asks for another sparsity than before."""
         now = self._targets_now()
-        if self._holder is None or now == self._targets:
+        if self._holder is None or self._smaller or now == self._targets:
             return
-        self._kept, misfits = decide(self.config, self.weights, self.clock, self._kept)
+        kept, misfits = decide(self.config, self.weights, self.clock, self._kept)
+        if self._channels is not None:
+            along, pinned = self._channels.decide(self.config, self.clock, self._kept)
+            kept |= {name: kept[name] & mask if name in kept else mask for name, mask in along.items()}
+            misfits += pinned
+        self._kept = kept
         self.skipped = (*misfits, *self._untouched)
         self._targets = now
         self.masks = Masks(self._kept)
@@ -129,7 +148,8 @@ class Bridge(Pruner):
         return [target(entry, self.clock) for entry in self.config.entries if not entry.exclude]
 
     def _check_masks(self) -> None:
-        shapes = {weight.name: weight.shape for weight in self.weights}
+        shapes = {} if self._channels is None else self._channels.shapes
+        shapes |= {weight.name: weight.shape for weight in self.weights}
         for name in self.masks:
             if shapes.get(name) != self.masks[name].shape:
                 found = f"has the shape {list(shapes[name])}" if name in shapes else "does not exist in the model"
@@ -139,9 +159,12 @@ class Bridge(Pruner):
                     "before: load the state_dict that was saved with this model, or make a new pruner"
                 )
 
-    def _write(self, candidate: deploy.Candidate, path: str | os.PathLike[str]) -> deploy.Exported:
-        """Check an exported model and write it."""
-        return deploy.write(candidate, path, lambda model: note(model, self.config, self.report, self.clock))
+    def _write(
+        self, candidate: deploy.Candidate, path: str | os.PathLike[str], keep_shape: bool = False
+    ) -> deploy.Exported:
+        """Check an exported model and write it; without its dead channels where channels are pruned."""
+        smaller = self.config.coupled and not keep_shape
+        return deploy.write(candidate, path, lambda model: note(model, self.config, self.report, self.clock), smaller)
 
     @abstractmethod
     def _hold(self, kept: Mapping[str, np.ndarray]) -> None:

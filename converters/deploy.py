@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +76,16 @@ def tolerance(types: Iterable[str]) -> float:
     return max([TOLERANCE, *(16 * _EPSILON[name] for name in types if name in _EPSILON)])
 
 
-def write(candidate: Candidate, path: str | os.PathLike[str], record: Callable[[Model], None]) -> Exported:
+def write(
+    candidate: Candidate, path: str | os.PathLike[str], record: Callable[[Model], None], smaller: bool = False
+) -> Exported:
     """Check an exported model, and write it: beside the target first, then renamed.
 
     Args:
         candidate: the model.
         path: the target.
         record: writes into the model what is to be known about it.
+        smaller: cut the channels out that its zeros have made dead; the file is checked before and after.
 
     Raises:
         PruneError: a pruned entry is not 0 in the file, or onnxruntime cannot run it or computes something else;
@@ -95,11 +98,24 @@ def write(candidate: Candidate, path: str | os.PathLike[str], record: Callable[[
     with candidate.model.stage(target) as staged:
         absent = check_zeros(load(staged.path), candidate.weights, candidate.kept)
         apart = check_outputs(staged.path, candidate)
-        written = staged.commit()
+        written = target if smaller else staged.commit()
+    if smaller:
+        cut = _compact(candidate)
+        record(cut.model)
+        with cut.model.stage(target) as staged:
+            apart = check_outputs(staged.path, cut)
+            written = staged.commit()
     pruned = [w for w in candidate.weights if w.name in candidate.kept]
     size = sum(w.size for w in pruned)
     zeros = sum(int(np.count_nonzero(~_live(w, candidate.kept))) for w in pruned)
     return Exported(written, apart, zeros / size if size else 0.0, zeros, absent)
+
+
+def _compact(candidate: Candidate) -> Candidate:
+    from onnxprune.structure.compact import compact  # scipy takes a while to import
+
+    model, _, _ = compact(candidate.model, {name: array.shape for name, array in candidate.feeds.items()})
+    return replace(candidate, model=model)
 
 
 def check_outputs(path: Path, candidate: Candidate) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import keras
@@ -19,6 +19,7 @@ from onnxprune.graph.masks import Masks
 from onnxprune.graph.model import Model, ModelSource, graphs, load
 from onnxprune.graph.weights import Skipped, Weight, find
 
+from ..channels import Channels
 from . import layers
 from .convert import convert, rename
 from .layers import VariableStorage, variable_names
@@ -34,12 +35,62 @@ class Binding:
         variables: initializer name -> Keras variable, of every variable that the graph reads.
         weights: the weights among them in the roles the graph gives them; their storages are the variables.
         skipped: what is left alone, with reasons.
+        source: the Keras model.
+        example_inputs: what it was called with, where that was given.
     """
 
     model: Model = field(repr=False)
     variables: Mapping[str, Any]
     weights: tuple[Weight, ...]
     skipped: tuple[Skipped, ...]
+    source: Any = field(repr=False)
+    example_inputs: Any = field(repr=False)
+
+    @cached_property
+    def channels(self) -> Channels:
+        """The groups of channels of the graph; what is decided about them is decided with the variables' values.
+
+        Raises:
+            PruneError: no operator of the graph can be followed.
+        """
+        names = [value.name for value in self.model.proto.graph.input]
+        example = self._example()
+        shapes = {} if example is None else {n: a.shape for n, a in zip(names, example, strict=True)}
+        path = {name: name for name in self.variables}
+        return Channels.of(
+            self.model, shapes, self.weights, path, lambda name: VariableStorage(self.variables[name]).read()
+        )
+
+    def shrink(self, model: Any = None) -> Any:
+        """A new model without the channels whose variables are all zero, on which training goes on.
+
+        The layers are rebuilt from their configurations with fewer units, filters, groups or heads, and get the weights
+        that are left. What the new model computes is compared with the old one, and with the graph that is cut the same
+        way, under onnxruntime. It is not compiled.
+
+        Args:
+            model: the model that is bound; for readability.
+
+        Returns:
+            The new model; the bound one is as it was.
+
+        Raises:
+            PruneError: another model is given, or it is neither functional nor Sequential; a layer cannot be rebuilt;
+                the new model computes something else.
+        """
+        from .shrinking import shrink  # it needs this module's signature
+
+        if model is not None and model is not self.source:
+            raise PruneError(f"the binding is of another model, '{self.source.name}'; bind the model to be shrunk")
+        specs = signature(self.source, self.example_inputs)
+        return shrink(self.source, self.channels, self.variables, specs, self._example())
+
+    def _example(self) -> list[np.ndarray] | None:
+        if self.example_inputs is None:
+            return None
+        specs = tf.nest.flatten(signature(self.source, self.example_inputs))
+        arrays = tf.nest.flatten(self.example_inputs)
+        return [np.asarray(a, spec.dtype.as_numpy_dtype) for a, spec in zip(arrays, specs, strict=True)]
 
     def pull(self) -> onnx.ModelProto:
         """Refresh the graph's initializers from the variables, and give a copy of the model.
@@ -138,7 +189,7 @@ def bind(model: Any, example_inputs: Any = None) -> Binding:
                 weights.append(described)
         elif weight.op_type != "Embedding":
             skipped.append(Skipped(weight.name, weight.op_type, "it is a constant of the model, not a variable"))
-    return Binding(graph, variables, tuple(weights), tuple(skipped))
+    return Binding(graph, variables, tuple(weights), tuple(skipped), model, example_inputs)
 
 
 def check_backend() -> None:

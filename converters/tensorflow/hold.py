@@ -18,7 +18,7 @@ from onnxprune.graph.weights import Skipped, Weight
 from ..deploy import Candidate
 from .binding import Binding, check_backend
 from .export import candidate
-from .layers import layer_weights
+from .layers import layer_weights, walk
 
 
 class Hold(keras.constraints.Constraint):  # type: ignore[misc]  # Keras has no types
@@ -155,10 +155,16 @@ class KerasHolder:
 
     def hold(self, kept: Mapping[str, np.ndarray]) -> None:
         """Zero what masks remove, and keep it zero from now on."""
-        fresh = [name for name in kept if name not in self._holds]
+        stated = {id(v) for layer, _ in walk(self.model) for v in layer._non_trainable_variables}
+        averages = {name for name in kept if id(self.variables[name]) in stated}
+        for name in averages:  # no optimizer moves them, and what they are of a channel that is zero does not matter
+            value = tf.convert_to_tensor(self.variables[name].value)
+            self.variables[name].assign(tf.math.multiply_no_nan(value, tf.cast(kept[name], value.dtype)))
+        held = {name: mask for name, mask in kept.items() if name not in averages}
+        fresh = [name for name in held if name not in self._holds]
         for name in fresh:
-            self._holds[name] = Hold(self.variables[name], kept[name], self.model)
-        for name, mask in kept.items():
+            self._holds[name] = Hold(self.variables[name], held[name], self.model)
+        for name, mask in held.items():
             self._holds[name].apply(mask)
         if fresh:
             self._retrace()

@@ -15,7 +15,7 @@ from onnxprune.errors import PruneError
 
 from ..bridge import Bridge
 from ..deploy import Exported
-from .binding import bind
+from .binding import Binding, bind
 from .hold import KerasHolder
 from .holder import Holder
 
@@ -27,15 +27,18 @@ class TensorFlowPruner(Bridge):
         """See `onnxprune.Pruner`."""
         super().__init__(config_list, **options)
         self.model: Any = None
+        self._binding: Binding | None = None  # where channels are pruned
         self._holder: Holder | None
 
-    def __call__(self, target: Any, example_inputs: Any = None) -> TensorFlowPruner:
+    def __call__(self, target: Any, example_inputs: Any = None, *, align: int | None = None) -> TensorFlowPruner:
         """Take charge of a model: prune what is due, and keep it pruned from now on.
 
         Args:
             target: a built Keras 3 model, or a TensorFlow graph, whose masks form when it first runs.
             example_inputs: for a Keras model, what it is called with. Given, the exported graph says what its weights
-                are; otherwise its layers do.
+                are; otherwise its layers do. The patterns 'channel' and 'head' need the graph, and with it the example
+                where the model is subclassed.
+            align: counts of channels are rounded to multiples of it; what suits the machine unless given.
 
         Returns:
             The pruner itself.
@@ -49,9 +52,12 @@ class TensorFlowPruner(Bridge):
         if not isinstance(target, keras.Model):
             kind = f"{type(target).__module__}.{type(target).__name__}"
             raise PruneError(f"a pruner takes a keras.Model or a tf.Graph, not a {kind}")
-        if example_inputs is None:
+        if example_inputs is None and not self.config.coupled:
             return self._start(KerasHolder.of_layers(target))
-        return self._start(KerasHolder.of_graph(target, bind(target, example_inputs), example_inputs))
+        binding = bind(target, example_inputs)
+        if self.config.coupled:
+            binding.channels.align = align
+        return self._start(KerasHolder.of_graph(target, binding, example_inputs), binding)
 
     def update_epoch(self, epoch: int, sess: Any = None) -> None:
         """Move schedules that count epochs to `epoch`; what was pruned stays pruned.
@@ -90,15 +96,24 @@ class TensorFlowPruner(Bridge):
         self.model = None
 
     def export(
-        self, path: str | os.PathLike[str], example_inputs: Any = None, *, outputs: Any = None, sess: Any = None
+        self,
+        path: str | os.PathLike[str],
+        example_inputs: Any = None,
+        *,
+        outputs: Any = None,
+        sess: Any = None,
+        keep_shape: bool = False,
     ) -> Exported:
         """Write the deployable ONNX file: exported by tf2onnx with its folding on, and checked.
+
+        Where channels are pruned, they are cut out of it.
 
         Args:
             path: the target; replaced only once everything holds.
             example_inputs: what onnxruntime and TensorFlow are compared on.
             outputs: for a graph, the tensors to export, or their names.
             sess: for a graph, the session that holds the variables.
+            keep_shape: leave pruned channels in the file, as zeros.
 
         Raises:
             PruneError: no model is attached, a pruned entry is not zero in the file, or onnxruntime differs by more
@@ -107,20 +122,36 @@ class TensorFlowPruner(Bridge):
         if self._holder is None:
             raise PruneError("the pruner holds no model to export; call it with one first")
         with self._holder.at(sess):
-            return self._write(self._holder.candidate(self._kept, example_inputs, outputs, sess), path)
+            return self._write(self._holder.candidate(self._kept, example_inputs, outputs, sess), path, keep_shape)
+
+    def shrink(self) -> Any:
+        """A new model without the pruned channels, on which fine-tuning goes on; see `Binding.shrink`.
+
+        Raises:
+            PruneError: the pruner takes no channels; or as `Binding.shrink`.
+        """
+        if self._holder is None or self._binding is None or self._channels is None:
+            raise PruneError(
+                "there are no channels to cut out: call a pruner whose configuration has the pattern 'channel' or "
+                "'head' with a Keras model first"
+            )
+        with self._holder.at(None):
+            return self._binding.shrink()
 
     @property
     def counts_steps(self) -> bool:
         """Whether a schedule is counted in optimizer steps."""
         return any(getattr(entry, "counts", "epoch") == "step" for entry in self.config.entries if not entry.exclude)
 
-    def _start(self, holder: KerasHolder) -> TensorFlowPruner:
+    def _start(self, holder: KerasHolder, binding: Binding | None = None) -> TensorFlowPruner:
         """Take charge of a Keras model whose weights are known."""
-        self._check(holder.weights, holder.skipped)
+        channels = binding.channels if binding is not None and self.config.coupled else None
+        self._check(holder.weights, holder.skipped, channels)
         self.remove()
         self._holder, self.model = holder, holder.model
+        self._binding = binding if channels is not None else None
         try:
-            self._attach(holder.weights, holder.skipped)
+            self._attach(holder.weights, holder.skipped, channels)
         except PruneError:
             self.remove()
             raise

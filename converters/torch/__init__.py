@@ -18,6 +18,7 @@ from ..deploy import Exported
 from .binding import Binding, bind
 from .pruners import AGPPruner, LevelPruner, SensitivityPruner
 from .reimport import reimport
+from .shrinking import Shrunk
 
 if TYPE_CHECKING:
     from .huggingface import HuggingFaceCallback
@@ -44,6 +45,7 @@ __all__ = [
     "LevelPruner",
     "LightningCallback",
     "SensitivityPruner",
+    "Shrunk",
     "bind",
     "reimport",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,11 @@ from onnxprune.graph.model import PROTOBUF_LIMIT, Model, ModelSource, load
 from onnxprune.graph.weights import Skipped, Weight
 from onnxprune.graph.weights import find as find_weights
 
+from ..channels import Channels
 from . import exporting, layers
 from .hold import Place
-from .layers import Site
+from .layers import Buffer, Site
+from .shrinking import Optimizers, Shrunk, shrink
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +42,8 @@ class Binding:
         names: initializer -> parameter or buffer (the first of its dotted names).
         unbound: parameters that the graph does not read.
         module: the module.
+        example_inputs: what it was traced with.
+        sources: initializer -> where its parameter or buffer stands.
     """
 
     model: Model = field(repr=False)
@@ -48,7 +52,41 @@ class Binding:
     names: dict[str, str]
     unbound: tuple[str, ...]
     module: nn.Module = field(repr=False)
-    _sources: dict[str, Site | _Buffer] = field(repr=False)
+    example_inputs: Any = field(repr=False)
+    sources: dict[str, Site | Buffer] = field(repr=False)
+
+    @cached_property
+    def channels(self) -> Channels:
+        """The groups of channels of the graph; what is decided about them is decided with the module's values.
+
+        Raises:
+            PruneError: no operator of the graph can be followed.
+        """
+        feeds = exporting.feeds(self.model, self.example_inputs)
+        shapes = {name: array.shape for name, array in feeds.items()}
+        return Channels.of(self.model, shapes, self.weights, self.names, lambda name: self.sources[name].read())
+
+    def shrink(self, model: nn.Module | None = None, optimizer: Optimizers = None) -> Shrunk:
+        """Cut the channels out of the live module whose parameters are all zero, so that training goes on smaller.
+
+        Parameters, buffers, the attributes that record their sizes and the optimizer's state become smaller; modules
+        and the keys of the state_dict stay. What the module computes is compared with what it computed before, and with
+        the graph that is cut the same way, under onnxruntime. Afterwards the binding is of no more use: bind again.
+
+        Args:
+            model: the module that is bound; for readability.
+            optimizer: one or several, whose momenta and averages are cut too.
+
+        Returns:
+            The groups and how much smaller the module is.
+
+        Raises:
+            PruneError: another module is given; an optimizer's state cannot be cut; the module's code or its class
+                hard-wires a size. The module is as it was.
+        """
+        if model is not None and exporting.unwrap(model) is not self.module:
+            raise PruneError(f"the binding is of another {type(self.module).__name__}; bind the module to be shrunk")
+        return shrink(self.module, self.example_inputs, self.channels, self.sources, optimizer)
 
     def pull(self) -> onnx.ModelProto:
         """Refresh the graph's initializers from the module, and give a copy of the model.
@@ -57,7 +95,7 @@ class Binding:
             PruneError: a parameter changed its shape or type.
         """
         for name, value in self._initializers():
-            current = self._sources[name].read()
+            current = self.sources[name].read()
             self._check(name, current)
             self.model.edit(value, partial(_replaced, current))
         return self.model.to_proto()
@@ -99,7 +137,7 @@ class Binding:
             new[name] = values
         with torch.no_grad():
             for name, values in new.items():
-                self._sources[name].write(values)
+                self.sources[name].write(values)
         pruned = {self.names[name]: values != 0 for name, values in new.items()}
         return Masks({weight.name: pruned[weight.name] for weight in self.weights})
 
@@ -119,27 +157,6 @@ class Binding:
                 f"{values.dtype.name}{list(values.shape)} for it (parameter '{self.names[name]}'); bind "
                 "again after changing the module"
             )
-
-
-@dataclass(frozen=True)
-class _Buffer:
-    """A module's buffer: moves with the weights, but is none."""
-
-    name: str
-    place: Place
-
-    def read(self) -> np.ndarray:
-        return layers.array(self._tensor())
-
-    def write(self, values: np.ndarray) -> None:
-        self._tensor().copy_(layers.tensor(values))
-
-    def _tensor(self) -> torch.Tensor:
-        module = self.place.owner()
-        value = None if module is None else module._buffers.get(self.name.rpartition(".")[2])
-        if value is None:
-            raise PruneError(f"buffer '{self.name}' is no longer in the model; bind again")
-        return value
 
 
 _STATIC = (nn.RNNBase, nn.Bilinear)
@@ -179,12 +196,12 @@ def bind(model: nn.Module, example_inputs: Any, *, dynamic_shapes: Any = None) -
         more, rest = find_weights(static)
         if len(more) > len(found):
             graph, found, untraced = static, more, rest
-    sources: dict[str, Site | _Buffer] = {alias: site for site in known for alias in site.aliases}
+    sources: dict[str, Site | Buffer] = {alias: site for site in known for alias in site.aliases}
     for path, owner in module.named_modules():
         for attribute, buffer in owner._buffers.items():
             if buffer is not None:
                 name = f"{path}.{attribute}" if path else attribute
-                sources[name] = _Buffer(name, Place.of(module, name))
+                sources[name] = Buffer(name, Place.of(module, name))
     names: dict[str, str] = {}
     for name, value in graph.graph.graph.initializers.items():
         if name in sources and value.const_value is not None:
@@ -198,7 +215,14 @@ def bind(model: nn.Module, example_inputs: Any, *, dynamic_shapes: Any = None) -
     unbound = tuple(site.name for site in known if site.name not in bound)
     weights, skipped = _roles(module, found, untraced, names, {s.name: s for s in known})
     return Binding(
-        graph, tuple(weights), tuple(skipped), names, unbound, module, {name: sources[name] for name in names}
+        graph,
+        tuple(weights),
+        tuple(skipped),
+        names,
+        unbound,
+        module,
+        example_inputs,
+        {name: sources[name] for name in names},
     )
 
 

@@ -74,7 +74,7 @@ class _Slot:
         if self.keep is None or self.keep.shape != parameter.shape:
             kind = _INTEGERS[parameter.element_size()]
             self.keep = torch.empty_like(parameter, dtype=kind, requires_grad=False)
-        self.keep.copy_(torch.from_numpy(np.require(mask, requirements=["C", "W"]))).neg_()
+        self.keep.copy_(torch.from_numpy(np.negative(mask.view(np.int8))))  # 0 or -1, of whatever width
 
     def apply(self, parameter: nn.Parameter) -> None:
         if self.keep is None:

@@ -88,6 +88,35 @@ class Site:
             self.value.copy_(tensor(values))
 
 
+@dataclass(frozen=True)
+class Buffer:
+    """A module's buffer: moves with the weights, but is none."""
+
+    name: str
+    place: Place
+
+    def read(self) -> np.ndarray:
+        """The values, a view of the buffer's memory where that is the CPU's."""
+        return array(self.value)
+
+    def write(self, values: np.ndarray) -> None:
+        """Set the values, in place."""
+        self.value.copy_(tensor(values))
+
+    @property
+    def value(self) -> torch.Tensor:
+        """The buffer as it is now.
+
+        Raises:
+            PruneError: it is gone.
+        """
+        module = self.place.owner()
+        value = None if module is None else module._buffers.get(self.name.rpartition(".")[2])
+        if value is None:
+            raise PruneError(f"buffer '{self.name}' is no longer in the model; bind again")
+        return value
+
+
 def array(tensor: torch.Tensor) -> np.ndarray:
     """A tensor's values as numpy has them; no copy on the CPU."""
     plain = tensor.detach().cpu()

@@ -82,7 +82,7 @@ def _carried(binding: Binding, matches: Mapping[str, Match], file: Model) -> dic
         value = file.graph.graph.initializers.get(initializer)
         if value is None or value.const_value is None:
             continue
-        place, values = binding._sources[initializer], file.read(value.const_value)
+        place, values = binding.sources[initializer], file.read(value.const_value)
         current = place.read()
         if values.shape != current.shape or not (values.dtype == current.dtype or (_real(values) and _real(current))):
             continue
