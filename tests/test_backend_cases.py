@@ -92,7 +92,7 @@ def test_node_cases(part):
 
 WEIGHTS = {
     "test_basic_conv_with_padding": ["W"],
-    "test_basic_deform_conv_with_padding": [],
+    "test_basic_deform_conv_with_padding": ["W"],
     "test_convinteger_without_padding": ["w"],
     "test_convtranspose_3d": ["W"],
     "test_gather_0": [],
