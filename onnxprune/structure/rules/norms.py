@@ -134,10 +134,8 @@ def _reduce(site: Site) -> None:
     else:
         gone = []
     for i in gone:
-        if site.node.op_type == "ReduceMean":
-            site.average(axes[i], f"reduces axis {i}")
-        elif not (site.node.op_type in SUMS and nulls[i]):
-            site.pin(axes[i], f"reduces axis {i}")
+        if not (site.node.op_type in SUMS and nulls[i]):
+            (site.average if site.node.op_type == "ReduceMean" else site.pin)(axes[i], f"reduces axis {i}")
     if site.node.op_type == "ReduceLogSum":
         finite(site, 0, "takes a logarithm, and pruned positions would hold 0")
     keeps = int(site.attribute("keepdims", 1))
