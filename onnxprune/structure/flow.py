@@ -26,7 +26,6 @@ class Flow:
         stored: initializers by name, at any depth.
         sites: the nodes whose rules have been applied.
         refused: the others.
-        zeroed: initializers whose pruned entries are 0 in a masked model, beside weights in roles.
         solid: initializers that a masked model must not touch.
         soft: initializers that are read as what may be 0.
         shifted: initializer -> the initializer that holds its zero point, and the axis that one runs along.
@@ -44,7 +43,6 @@ class Flow:
     stored: dict[str, TensorProto] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
     refused: list[Site] = field(default_factory=list)
-    zeroed: set[str] = field(default_factory=set)
     solid: set[str] = field(default_factory=set)
     soft: set[str] = field(default_factory=set)
     shifted: dict[str, tuple[str, int]] = field(default_factory=dict)
@@ -126,8 +124,6 @@ class Flow:
                 self.nulls[name] = nulls
                 self.facts.shapes.setdefault(name, tuple(axis.size for axis in axes))
         self._through(site)
-        for operand in site.zeroed:
-            self.zeroed |= self.leaves.get(node.input[operand], frozenset())
         for operand in site.solid:
             self.solid |= self.leaves.get(node.input[operand], frozenset())
         for operand, (zero_point, along) in site.shifted.items():

@@ -36,7 +36,6 @@ class Site:
         second: the facts for other sizes of the open dims, where there are any.
         inexact: whether an axis that is averaged over may lose positions, though the average is then another one.
         outputs: labels of each result's axes, once the rule has been applied.
-        zeroed: operands whose pruned entries are to be 0 in a masked model, beside the weights in roles.
         solid: operands whose entries must not be touched in a masked model (divisors, variances).
         shifted: operand -> the operand that holds its zero point, and the axis that one runs along.
         title: what reasons call the node, where it stands in for another one.
@@ -53,7 +52,6 @@ class Site:
     inexact: bool = False
     outputs: list[Axes] = field(default_factory=list)
     null_outputs: list[Nulls] = field(default_factory=list)
-    zeroed: list[int] = field(default_factory=list)
     solid: list[int] = field(default_factory=list)
     shifted: dict[int, tuple[int, int]] = field(default_factory=dict)
     title: str = ""
