@@ -181,9 +181,8 @@ def compact(
     small = plan.cut()
     search.fold(small.proto, plan.removed)
     small = open_proto(small.proto, ready.folder, ready.path)
-    first, second = plan.sizes
-    worst = max(verify.difference(ready, small, sizes) for sizes in ([first] if first == second else [first, second]))
-    if worst > verify.TOLERANCE and worst > verify.tolerance(ready, first):
+    worst = verify.difference(ready, small, *plan.sizes)
+    if worst > verify.TOLERANCE and worst > verify.tolerance(ready, plan.sizes[0]):
         raise PruneError(
             f"without its dead channels the model's outputs differ by {worst:.2g} of their scale: nothing is written; "
             "leave --compact out, and report the model"

@@ -79,11 +79,8 @@ class Plan:
         Raises:
             PruneError: they differ by more than rounding does.
         """
-        first, second = self.sizes
-        worst = verify.difference(self.coupling.model, shrunk, first)
-        if first != second and verify.runs(self.coupling.model, second):  # not all sizes that are open fit each other
-            worst = max(worst, verify.difference(self.coupling.model, shrunk, second))
-        if worst > verify.TOLERANCE and worst > (allowed := verify.tolerance(self.coupling.model, first)):
+        worst = verify.difference(self.coupling.model, shrunk, *self.sizes)
+        if worst > verify.TOLERANCE and worst > (allowed := verify.tolerance(self.coupling.model, self.sizes[0])):
             raise PruneError(
                 f"the shrunk model differs from the masked one by {worst:.2g} of its outputs' scale, more than "
                 f"{allowed:.1g}: nothing is written. Prune with keep_shape (--keep-shape), or leave layers out"

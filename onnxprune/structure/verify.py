@@ -41,13 +41,16 @@ SHAPING = {"Resize", "Upsample", "Range", "OneHot", "NonMaxSuppression"}
 SEED = 20
 
 
-def difference(masked: Model, shrunk: Model, shapes: Mapping[str, Sequence[int]]) -> float:
+def difference(
+    masked: Model, shrunk: Model, shapes: Mapping[str, Sequence[int]], *others: Mapping[str, Sequence[int]]
+) -> float:
     """The largest difference of any output on random inputs, as a share of that output's largest value.
 
     Args:
         masked: the model with zeros in it.
         shrunk: the model with the zeros cut out.
         shapes: a shape for each input.
+        others: more of them; left out where the masked model does not run: not all sizes that are open fit each other.
 
     Raises:
         PruneError: onnxruntime cannot run one of them; their outputs differ in shape or in where they are finite.
@@ -55,13 +58,25 @@ def difference(masked: Model, shrunk: Model, shapes: Mapping[str, Sequence[int]]
     from onnxprune.runtime.feeds import random_feeds
     from onnxprune.runtime.session import open_session
 
+    worst = 0.0
     with contextlib.ExitStack() as stack:
         paths = [stack.enter_context(model.stage(None)).path for model in (masked, shrunk)]
-        sessions = [open_session(path) for path in paths]
-        feed, _ = random_feeds(paths[0], shapes, SEED, inputs=sessions[0].inputs)
-        results = [session.run(feed) for session in sessions]
+        before, after = (open_session(path) for path in paths)
+        for sizes in (shapes, *(other for other in others if other != shapes)):
+            feed, _ = random_feeds(paths[0], sizes, SEED, inputs=before.inputs)
+            try:
+                expected = before.run(feed)
+            except PruneError:
+                if sizes is shapes:
+                    raise
+                continue
+            worst = max(worst, _apart(before.outputs, expected, after.run(feed)))
+    return worst
+
+
+def _apart(names: Sequence[str], expected: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> float:
     worst = 0.0
-    for name, left, right in zip(sessions[0].outputs, *results, strict=True):
+    for name, left, right in zip(names, expected, results, strict=True):
         if left.shape != right.shape:
             raise PruneError(f"output '{name}' has the shape {right.shape} in the shrunk model, {left.shape} before")
         a, b = np.asarray(left, np.float64), np.asarray(right, np.float64)
@@ -71,20 +86,6 @@ def difference(masked: Model, shrunk: Model, shapes: Mapping[str, Sequence[int]]
         scale = float(np.abs(a[finite]).max(initial=0.0))
         worst = max(worst, float(np.abs(a - b)[finite].max(initial=0.0)) / (scale or 1.0))
     return worst
-
-
-def runs(model: Model, shapes: Mapping[str, Sequence[int]]) -> bool:
-    """Whether a model runs on inputs of some shapes."""
-    from onnxprune.runtime.feeds import random_feeds
-    from onnxprune.runtime.session import open_session
-
-    with model.stage(None) as staged:
-        session = open_session(staged.path)
-        try:
-            session.run(random_feeds(staged.path, shapes, SEED, inputs=session.inputs)[0])
-        except PruneError:
-            return False
-    return True
 
 
 def tolerance(masked: Model, shapes: Mapping[str, Sequence[int]]) -> float:
