@@ -60,7 +60,7 @@ TASKS = {
     "lenet-300-100": Task(mnist, True, 0.917, "erk", (30, 120, 60), 0.3),
     "lenet5": Task(mnist, True, 0.917, "erk", (20, 20, 10), 0.3),
     "bilstm": Task(japanese_vowels, False, 0.8, "erk", (60, 120, 60), 0.5),
-    "animal-cnn": Task(animal_mnist, True, 0.9, "global", (12, 40, 28), 0.5),
+    "animal-cnn": Task(animal_mnist, True, 0.9, "global", (12, 100, 60), 0.5),
 }
 
 
