@@ -8,7 +8,7 @@ is complete and zeroes that, so that norms (clipping, LAMB) and search direction
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,11 +51,11 @@ class Place:
 
 
 def zero(values: torch.Tensor, keep: torch.Tensor) -> None:
-    """Zero a tensor in place where `keep`, integers as wide as its entries, is 0; leave its bits where it is -1.
+    """Zero a tensor in place where `keep`, integers as wide as its entries, is 0; leave its bits where it is 1.
 
     On the bits, because w * 0.0 is -0.0 for a negative w and NaN for a NaN; it is also the fastest of all ways.
     """
-    values.view(_INTEGERS[values.element_size()]).bitwise_and_(keep)
+    values.view(_INTEGERS[values.element_size()]).mul_(keep)
 
 
 class _Slot:
@@ -74,7 +74,7 @@ class _Slot:
         if self.keep is None or self.keep.shape != parameter.shape:
             kind = _INTEGERS[parameter.element_size()]
             self.keep = torch.empty_like(parameter, dtype=kind, requires_grad=False)
-        self.keep.copy_(torch.from_numpy(np.negative(mask.view(np.int8))))  # 0 or -1, of whatever width
+        self.keep.copy_(torch.from_numpy(mask))
 
     def apply(self, parameter: nn.Parameter) -> None:
         if self.keep is None:
@@ -129,7 +129,7 @@ class Holder:
             holder = this()
             if holder is not None:
                 owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-                holder._apply(owned)
+                holder._apply(owned=owned)
 
         handle = register_optimizer_step_post_hook(after_step)
         self._finalizer = weakref.finalize(self, handle.remove)
@@ -140,8 +140,9 @@ class Holder:
         for place in self._slots.keys() - masks.keys():
             self._slots.pop(place).release()
         for place, mask in masks.items():
-            self._slots.setdefault(place, _Slot(place)).set(mask)
-        self._apply()
+            slot = self._slots.setdefault(place, _Slot(place))
+            slot.set(mask)
+            self._apply([slot])  # while its mask is in cache
 
     def apply(self) -> None:
         """Zero the pruned entries now, for example after `load_state_dict` brought dense weights."""
@@ -158,8 +159,8 @@ class Holder:
             _HOLDERS[model].remove(self)
 
     @torch.no_grad()
-    def _apply(self, owned: set[int] | None = None) -> None:
-        for slot in self._slots.values():
+    def _apply(self, slots: Iterable[_Slot] | None = None, owned: set[int] | None = None) -> None:
+        for slot in self._slots.values() if slots is None else slots:
             parameter = slot.place.parameter()
             if parameter is not None and (owned is None or id(parameter) in owned):
                 slot.apply(parameter)

@@ -10,7 +10,7 @@ import numpy as np
 from onnxprune.algorithms import patterns, scores
 from onnxprune.algorithms.allocate import ALLOCATIONS, below
 from onnxprune.algorithms.schedules import cubic
-from onnxprune.algorithms.select import booleans
+from onnxprune.algorithms.select import booleans, side_by_side
 from onnxprune.config import AGPEntry, Config, Entry, SensitivityEntry
 from onnxprune.errors import PruneError
 from onnxprune.graph.weights import Skipped, Weight, check_finite
@@ -103,11 +103,12 @@ def _decide_entry(
         removed = [np.zeros(u.scores.shape, np.bool_) if u.held is None else u.held for u in units]
     else:
         removed = allocation(units, share) if units else []
-    kept = []
-    for weight, unit, gone in zip(weights, units, removed, strict=True):
+
+    def keep(weight: Weight, unit: patterns.Units, gone: np.ndarray) -> np.ndarray:
         entries = pattern.entries(gone, unit.shape)
-        kept.append(weight.stored(np.logical_not(entries, out=entries if entries is gone else None)))
-    return kept
+        return weight.stored(np.logical_not(entries, out=entries if entries is gone else None))
+
+    return side_by_side(keep, weights, units, removed, size=sum(weight.size for weight in weights))
 
 
 def _held(weights: Iterable[Weight], held: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -122,5 +123,6 @@ def _held(weights: Iterable[Weight], held: Mapping[str, np.ndarray]) -> dict[str
                     f"{list(weight.shape)}: it belongs to another model; use a new pruner"
                 )
             kept[weight.name] = weight.role(mask)
-    gone = zip(kept.items(), booleans(kept.values()), strict=True)
-    return {name: np.logical_not(mask, out=out) for (name, mask), out in gone}
+    masks = list(kept.values())
+    gone = side_by_side(np.logical_not, masks, booleans(masks), size=sum(mask.size for mask in masks))
+    return dict(zip(kept, gone, strict=True))

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -29,7 +29,7 @@ from onnxprune.errors import PruneError
 CHUNK = 1 << 20  # bytes of keys worked on at a time: with what is compared, they stay in cache
 SPAN = 1 << 20  # elements given to a thread at a time
 SAMPLE = 1 << 16  # keys sampled for the first bracket, at most,
-ONE_IN = 64  # and at most one in so many
+ONE_IN = 128  # and at most one in so many
 ROOM = 3 << 19  # bytes gathered per thread and pass, at most
 WHOLE = 1 << 13  # up to so many elements are gathered without sampling
 THREADED = 1 << 22  # fewer elements are not worth starting threads for
@@ -37,6 +37,7 @@ MAX_THREADS = 8  # by default: a few cores saturate memory
 GUESSES = 6  # passes that trust a sample; any later one halves the range of keys
 
 Array = np.ndarray[Any, Any]
+Result = TypeVar("Result")
 Run = Callable[[Callable[["_Span"], Any], Iterable["_Span"]], Iterable[Any]]
 
 _KEYS: dict[np.dtype[Any], np.dtype[Any]] = {
@@ -92,6 +93,14 @@ def lowest(
         with ThreadPoolExecutor(workers) as pool:
             _select(parts, need, pool.map, ROOM * workers)
     return results
+
+
+def side_by_side(function: Callable[..., Result], *arguments: Sequence[Any], size: int) -> list[Result]:
+    """`map`, in several threads where there are `size` elements to work on and that is worth it."""
+    if size < THREADED:
+        return list(map(function, *arguments))
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS)) as pool:
+        return list(pool.map(function, *arguments))
 
 
 def booleans(arrays: Iterable[Array]) -> list[Array]:
@@ -316,11 +325,17 @@ def _sample(spans: list[_Span], infinity: int) -> tuple[Array, int]:
         if share:
             steps = np.arange(share) * length // share
             steps += span.start + random.integers(0, length // share, share)
-            part, at = span.part, np.unravel_index(steps, span.part.score.shape)
-            keys = part.score[at].astype(part.dtype).view(key) & (np.iinfo(key).max >> 1)
-            drawn.append(keys[keys < infinity if part.held is None else (keys < infinity) & ~part.held[at]])
+            part = span.part
+            keys = _take(part.score, steps).astype(part.dtype, copy=False).view(key) & (np.iinfo(key).max >> 1)
+            free = keys < infinity
+            drawn.append(keys[free if part.held is None else free & ~_take(part.held, steps)])
     sample = np.concatenate(drawn)
     return sample, total * sample.size // max(size, 1)
+
+
+def _take(array: Array, at: Array) -> Array:
+    """Elements by their index in C order; an array of one axis need not be asked where those are."""
+    return np.asarray(array.take(at) if array.ndim == 1 else array[np.unravel_index(at, array.shape)])
 
 
 def _bracket(sample: Array, share: float, low: int, high: int) -> tuple[int, int]:
