@@ -438,7 +438,7 @@ def test_a_model_in_memory_above_2_gigabytes(tmp_path: Path) -> None:
 
 def test_moving_tensors_out_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same with a limit of 3 KB in place of protobuf's 2 GB."""
-    from onnxprune.graph import model as module
+    from onnxprune.graph import saving as module
 
     model = typed(net())
     onnx.save(model, tmp_path / "model.onnx")

@@ -17,6 +17,7 @@ from model_files import HALF, LAYOUTS, net, run, stored, tree, values, write_ext
 from nets import parse
 
 from onnxprune import PruneError, prune
+from onnxprune.graph import assemble
 from onnxprune.graph.model import load
 
 
@@ -37,9 +38,9 @@ SOURCES = {
 OPERATIONS = (
     (os, "fsync"),
     (os, "replace"),
-    (shutil, "copyfile"),
+    (assemble, "write"),
+    (assemble, "_put"),
     (shutil, "copymode"),
-    (Path, "write_bytes"),
     (tempfile, "mkdtemp"),
 )
 

@@ -1,12 +1,9 @@
-"""Model files in, model files out: loading without touching the source, saving as one transaction."""
+"""Model files in: loading without touching the source, and without reading what can stay where it is."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
-import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,22 +12,24 @@ from typing import NamedTuple, Union
 import numpy as np
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto
 
 from onnxprune.errors import PruneError
-from onnxprune.graph import files, sparse, valid
+from onnxprune.graph import saving, sparse, valid, wire
+from onnxprune.graph.assemble import Change
+from onnxprune.graph.saving import PAGE, PROTOBUF_LIMIT, Staged
+from onnxprune.graph.stored import Extent, File, Memory, reading, reason
+from onnxprune.graph.tensors import clear, encode, external_tensors, graphs, store, subgraphs, tensors
 
 ModelSource = Union[str, "os.PathLike[str]", onnx.ModelProto, ir.Model]
 
-PROTOBUF_LIMIT = 2**31 - 2**20
-"""Bytes a single .onnx file can hold (protobuf's 2 GB, less room for the graph itself)."""
-
-PAGE = 4096
-"""Tensors that have to leave a model above the limit start on a page, so that they can be mapped; smaller ones stay."""
+LARGE = 1 << 26
+"""Bytes from which a single .onnx file is not read as a whole: its tensors stay in it, as if they were external."""
 
 Edit = Callable[[np.ndarray], np.ndarray]
-"""Takes a tensor's stored array, returns the array to store instead (same shape and type)."""
+"""Takes a tensor's stored array, returns the array to store instead (same shape and type). One that is a `Change` too
+is carried out part by part."""
 
 
 class Place(NamedTuple):
@@ -55,8 +54,10 @@ class Model:
         folder: what external locations are relative to.
         path: the file it came from.
         sparse_names: the initializers that came sparse, and are stored so again.
-        data: location of each external data file, as the model spells it -> its real path.
+        data: location of each external data file, as the model spells it -> the file. A tensor that was left in the
+            model file itself is external too, at the location `wire.OWN`.
         edits: changes to external tensors.
+        origin: the model file as it was loaded; None for a model that was never one.
     """
 
     proto: onnx.ModelProto
@@ -64,8 +65,9 @@ class Model:
     folder: Path | None = None
     path: Path | None = None
     sparse_names: frozenset[str] = frozenset()
-    data: dict[str, str] = field(default_factory=dict)
+    data: dict[str, File] = field(default_factory=dict)
     edits: dict[Place, tuple[ir.ExternalTensor, Edit]] = field(default_factory=dict)
+    origin: File | Memory | None = None
 
     @property
     def external_files(self) -> list[str]:
@@ -73,10 +75,21 @@ class Model:
         return list(self.data)
 
     def read(self, tensor: ir.TensorProtocol) -> np.ndarray:
-        """A tensor's stored array; read-only, memory-mapped where the data is external, edits not applied."""
-        with _reading():
+        """A tensor's stored array; read-only, read from its file where the data is external, edits not applied."""
+        found = self.stored(tensor)
+        if found is not None and tensor.dtype.bitwidth >= 8:
+            return found.array().view(tensor.dtype.numpy()).reshape(tensor.shape.numpy())
+        with reading():
             array = tensor.numpy()
         return array if array.flags.c_contiguous else np.ascontiguousarray(array)
+
+    def stored(self, tensor: ir.TensorProtocol) -> Extent | None:
+        """Where a tensor's bytes are in a file; None where they are in memory."""
+        if not isinstance(tensor, ir.ExternalTensor):
+            return None
+        file = next((file for file in self.data.values() if file.path == os.fspath(tensor.location)), None)
+        size = -(-int(tensor.size) * tensor.dtype.bitwidth // 8)
+        return None if file is None else Extent(file, tensor.offset or 0, size)
 
     def current(self, tensor: ir.TensorProtocol) -> np.ndarray:
         """A tensor's stored array, edits applied."""
@@ -87,15 +100,19 @@ class Model:
                 return self.edits[place][1](array)
         return array
 
+    def place(self, tensor: TensorProto) -> Place:
+        """Where an external tensor of `proto` lies."""
+        location = valid.external(tensor)
+        return Place(self.data[location.file].path, location.offset, tensor.name)
+
+    def extent(self, tensor: TensorProto) -> Extent:
+        """The bytes of an external tensor of `proto`."""
+        location = valid.external(tensor)
+        return Extent(self.data[location.file], location.offset, valid.nbytes(tensor))
+
     def content(self, tensor: TensorProto) -> bytes:
         """The bytes of an external tensor of `proto`, edits not applied."""
-        location = valid.external(tensor)
-        with _reading(), open(self.data[location.file], "rb") as file:
-            file.seek(location.offset)
-            content = file.read(valid.nbytes(tensor))
-            if len(content) < valid.nbytes(tensor):
-                raise ValueError(f"'{location.file}' is shorter than when it was loaded")
-        return content
+        return self.extent(tensor).array().tobytes()
 
     def edit(self, tensor: ir.TensorProtocol, change: Edit) -> None:
         """Replace a tensor's stored values: at once in the protobuf, at the next save where it is external."""
@@ -116,143 +133,35 @@ class Model:
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
         for tensor in list(external_tensors(proto)):
-            edited = self._edited(tensor)
-            content = self.content(tensor) if edited is None else edited
-            _clear(tensor)
+            content = saving.content(self, tensor)
+            clear(tensor)
             tensor.raw_data = content
         return proto
 
-    @contextlib.contextmanager
-    def stage(self, target: Path | None, *, sparse_storage: bool = False) -> Iterator[Staged]:
+    def stage(self, target: Path | None, *, sparse_storage: bool = False) -> contextlib.AbstractContextManager[Staged]:
         """Write the model beside `target` (or in the system's temporary folder) without touching `target` itself.
 
         The files carry their final names inside a hidden folder, so the staged model can be run before
         `Staged.commit` renames it into place. Leaving the context uncommitted removes every trace.
         """
-        if target is not None:
-            target = files.resolve(target)
-        if str(target) in self.data.values():
-            raise PruneError(f"the output '{target}' is the external data file of the input; choose another name")
-        with files.staging(target) as folder:
-            name = "model.onnx" if target is None else target.name
-            with files.writing(target):
-                data = self._write(folder, name, target, sparse_storage)
-            yield Staged(folder / name, data, target, self)
+        return saving.stage(self, target, sparse_storage)
 
-    def _write(self, folder: Path, name: str, target: Path | None, sparse_storage: bool) -> list[str]:
-        """Write graph and data files into `folder`; returns the names of the data files."""
-        names = _data_names(name, target)
-        proto = self.proto
-        if self.data or sparse_storage or self.sparse_names:
-            proto = onnx.ModelProto()
-            proto.CopyFrom(self.proto)
-        kept: dict[str, list[TensorProto]] = {}
-        for tensor in external_tensors(proto):
-            kept.setdefault(self.data[valid.external(tensor).file], []).append(tensor)
-        copies = {path: next(names) for path in kept}
-        for path, inside in kept.items():
-            with _reading():  # a missing source is not the target's fault
-                os.stat(path)
-            shutil.copyfile(path, folder / copies[path])
-            self._patch(inside, folder / copies[path])
-        if sparse_storage or self.sparse_names:
-            sparse.compress(subgraphs(proto), None if sparse_storage else self.sparse_names)
-        content = _serialize(proto)
-        if content is None:
-            if proto is self.proto:
-                proto = onnx.ModelProto()
-                proto.CopyFrom(self.proto)
-            copies[""] = next(names)
-            _move_out(proto, folder / copies[""])
-            content = _serialize(proto)
-            if content is None:
-                raise PruneError("the model is larger than 2 GB even without its tensors; it cannot be stored as ONNX")
-        (folder / name).write_bytes(content)
-        return list(copies.values())
+    def fresh(self) -> onnx.ModelProto:
+        """The model as it was loaded, once more.
 
-    def _patch(self, tensors: list[TensorProto], copy: Path) -> None:
-        """Carry out the edits on the copy of a data file, and point its tensors there.
-
-        An edited tensor that shares bytes with one that becomes something else moves to the end of the file.
+        Raises:
+            wire.Irregular: it is not what it was.
         """
-        groups: dict[tuple[int, int], list[TensorProto]] = {}
-        for tensor in tensors:
-            start = valid.external(tensor).offset
-            groups.setdefault((start, start + valid.nbytes(tensor)), []).append(tensor)
-        spans = sorted(groups)
-        ends = [0, *itertools.accumulate((end for _, end in spans), max)]
-        with open(copy, "r+b") as file:
-            for i, (start, end) in enumerate(spans):
-                group = groups[start, end]
-                contents = [self._edited(tensor) for tensor in group]
-                overlaps = ends[i] > start or (i + 1 < len(spans) and spans[i + 1][0] < end)
-                alone = not overlaps and all(content == contents[0] for content in contents)
-                for tensor, content in zip(group, contents, strict=True):
-                    offset = start
-                    if content is not None:
-                        offset = file.seek(start) if alone else file.seek(0, os.SEEK_END)
-                        file.write(content)
-                    _point(tensor, copy.name, offset)
+        origin = self.origin
+        assert origin is not None
+        kept = origin.content if isinstance(origin, Memory) else wire.skeleton(origin.read, origin.size)[0]
+        proto: onnx.ModelProto = onnx.ModelProto.FromString(kept)
+        _constants_to_tensors(proto)
+        return proto
 
-    def _edited(self, tensor: TensorProto) -> bytes | None:
-        """The bytes an external tensor is to have; None where they stay as they are."""
-        location = valid.external(tensor)
-        edit = self.edits.get(Place(self.data[location.file], location.offset, tensor.name))
-        if edit is None:
-            return None
-        view, change = edit
-        content = encode(change(self.read(view)), view.dtype)
-        with contextlib.suppress(BufferError):  # somebody still looks at it
-            view.release()
-        return content
-
-
-@dataclass(frozen=True)
-class Staged:
-    """A model written to a hidden folder, ready to run and to be renamed into place."""
-
-    path: Path
-    data: list[str]
-    target: Path | None
-    model: Model = field(repr=False)
-
-    @property
-    def size(self) -> int:
-        """Bytes of the model file and its data files."""
-        return sum((self.path.parent / name).stat().st_size for name in (self.path.name, *self.data))
-
-    def commit(self) -> Path:
-        """Rename the data files, then the model file, which is the moment the target changes.
-
-        Data files that an earlier save of the target left, and nothing refers to any more, go. Where they were the
-        model's own (it was pruned in place), the model goes on with the new ones.
-        """
-        assert self.target is not None
-        target = self.target
-        folder = target.parent
-        in_place = self.model.path is not None and os.path.realpath(self.model.path) == str(target)
-        used = set() if in_place else {os.path.realpath(path) for path in self.model.data.values()}
-        stale = [path for path in _data_files(target) if os.path.realpath(path) not in used]
-        with files.writing(target):
-            if taken := [name for name in self.data if (folder / name).exists()]:
-                raise PruneError(f"cannot write '{target}': '{taken[0]}' appeared in its folder meanwhile; run again")
-            try:
-                for name in self.data:
-                    files.put(self.path.parent / name, folder / name, like=target)
-                files.sync(folder)
-                files.put(self.path, target)
-            except BaseException:
-                if self.path.exists():  # else the model is in place, and needs its data
-                    for name in self.data:
-                        (folder / name).unlink(missing_ok=True)
-                raise
-            files.sync(folder)
-        for path in stale:
-            with contextlib.suppress(OSError):
-                path.unlink()
-        if in_place and self.model.data:
-            vars(self.model).update(vars(load(target)))
-        return target
+    def reload(self, path: Path) -> None:
+        """Go on with the file that has replaced the model's own."""
+        vars(self).update(vars(load(path)))
 
 
 def load(source: ModelSource) -> Model:
@@ -277,7 +186,7 @@ def load(source: ModelSource) -> Model:
         try:
             proto = ir.to_proto(source)
         except Exception as error:  # onnx-ir raises many kinds
-            raise PruneError(f"the onnx_ir.Model cannot be serialised: {_reason(error)}") from error
+            raise PruneError(f"the onnx_ir.Model cannot be serialised: {reason(error)}") from error
         return open_proto(proto, Path(folders.pop()).absolute() if folders else None, None)
     if not isinstance(source, (str, os.PathLike)):
         raise PruneError(
@@ -285,37 +194,57 @@ def load(source: ModelSource) -> Model:
             "torch and Keras models go through onnxprune.converters"
         )
     path = Path(source)
-    proto = _parse(path)
+    proto, origin = parse(path)
     if not proto.HasField("graph") or not proto.opset_import:
         raise PruneError(
             f"'{path}' is not an ONNX model, or is truncated: it parses, but holds no graph and operator set; {_AGAIN}"
         )
-    return open_proto(proto, path.absolute().parent, path)
+    model = open_proto(proto, path.absolute().parent, path)
+    model.origin = origin
+    if wire.OWN in model.data:
+        assert isinstance(origin, File)
+        model.data[wire.OWN] = origin
+    return model
 
 
 _AGAIN = "give the path of an .onnx file, or export it again"
 
 
-def _parse(path: Path) -> onnx.ModelProto:
+def parse(path: Path) -> tuple[onnx.ModelProto, File | Memory]:
+    """Read a model file, but for the larger tensors of a large one, which become external at `wire.OWN`.
+
+    Raises:
+        PruneError: there is none, or it is damaged.
+    """
     try:
         if not path.exists():
             raise PruneError(f"no such file: '{path}'; give the path of an existing .onnx model")
         if not path.is_file():
             kind = "a folder" if path.is_dir() else "no regular file"
             raise PruneError(f"'{path}' is {kind}; give the path of an .onnx model")
-        content = path.read_bytes()
+        file = File.of(os.path.realpath(path))
+        content = None
+        if LARGE <= file.size <= PROTOBUF_LIMIT:
+            with contextlib.suppress(wire.Irregular):
+                content, left_out = wire.skeleton(file.read, file.size)
+        if content is None:
+            left_out = 0
+            content = path.read_bytes()
     except PruneError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        reason = getattr(error, "strerror", None) or error
-        raise PruneError(f"cannot read '{path}': {reason}; check its name and permissions") from error
+        told = getattr(error, "strerror", None) or error
+        raise PruneError(f"cannot read '{path}': {told}; check its name and permissions") from error
     try:
         proto: onnx.ModelProto = onnx.ModelProto.FromString(content)
     except DecodeError:
         raise PruneError(
-            f"'{path}' is not an ONNX model, or is truncated ({len(content)} bytes): protobuf cannot parse it; {_AGAIN}"
+            f"'{path}' is not an ONNX model, or is truncated ({file.size} bytes): protobuf cannot parse it; {_AGAIN}"
         ) from None
-    return proto
+    given = [entry.value for tensor in external_tensors(proto) for entry in tensor.external_data]
+    if given.count(wire.OWN) != left_out:  # a file may claim it, or give a tensor twice
+        raise PruneError(f"'{path}' keeps data of its tensors at places that are no files; export the model again")
+    return proto, file if left_out else Memory(content)
 
 
 def open_proto(proto: onnx.ModelProto, folder: Path | None, path: Path | None) -> Model:
@@ -330,121 +259,24 @@ def open_proto(proto: onnx.ModelProto, folder: Path | None, path: Path | None) -
             valid.check_tensor(tensor, what)
         valid.check_names(proto, what)
         roots = [p for p in (folder, None if path is None else Path(os.path.realpath(path)).parent) if p is not None]
-        data = valid.check_external(list(external_tensors(proto)), roots, what)
+        own = None if path is None else os.path.realpath(path)
+        places = valid.check_external(list(external_tensors(proto)), roots, what, own)
+        data = {location: File.of(place) for location, place in places.items()}
         names = sparse.densify(proto, subgraphs(proto))
-        for graph in graphs(proto):
-            for node in graph.node:
-                given = node.attribute[0] if node.op_type == "Constant" and node.attribute else None
-                if given is not None and given.name == "value_floats" and not given.ref_attr_name:
-                    _floats_to_tensor(node)
+        _constants_to_tensors(proto)
         # The view looks external tensors up by their real paths: they are checked, and onnx-ir refuses the hard links
         # and the linked folders that package managers and model caches make.
         located = [(e, e.value) for t in external_tensors(proto) for e in t.external_data if e.key == "location"]
         for entry, location in located:
-            entry.value = data[location]
+            entry.value = data[location].path
         view = ir.from_proto(proto)
         for entry, location in located:
             entry.value = location
     except PruneError:
         raise
     except Exception as error:  # a hostile file makes the parsers raise anything
-        raise PruneError(f"{what} cannot be read as an ONNX graph: {_reason(error)}; {_AGAIN}") from error
+        raise PruneError(f"{what} cannot be read as an ONNX graph: {reason(error)}; {_AGAIN}") from error
     return Model(proto, view, folder, path, names, data)
-
-
-def graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
-    """The main graph, every sub-graph of a node's attributes, and every function body."""
-    stack: list[onnx.GraphProto | onnx.FunctionProto] = [*proto.functions, proto.graph]
-    while stack:
-        graph = stack.pop()
-        yield graph
-        for node in graph.node:
-            for attribute in node.attribute:
-                if attribute.HasField("g"):
-                    stack.append(attribute.g)
-                stack.extend(attribute.graphs)
-
-
-def subgraphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
-    """`graphs` without the bodies of functions, which hold no initializers."""
-    return (graph for graph in graphs(proto) if isinstance(graph, onnx.GraphProto))
-
-
-def tensors(proto: onnx.ModelProto) -> Iterator[TensorProto]:
-    """Every tensor stored in the model: initializers and tensor attributes, at any depth."""
-    for graph in graphs(proto):
-        if isinstance(graph, onnx.GraphProto):
-            yield from graph.initializer
-            for item in graph.sparse_initializer:
-                yield item.values
-                yield item.indices
-        for node in graph.node:
-            for attribute in node.attribute:
-                if attribute.HasField("t"):
-                    yield attribute.t
-                yield from attribute.tensors
-                if attribute.HasField("sparse_tensor"):
-                    yield attribute.sparse_tensor.values
-                    yield attribute.sparse_tensor.indices
-
-
-def external_tensors(proto: onnx.ModelProto) -> Iterator[TensorProto]:
-    """The tensors whose data lies in other files."""
-    return (t for t in tensors(proto) if t.data_location == TensorProto.EXTERNAL)
-
-
-def encode(array: np.ndarray, dtype: ir.DataType) -> bytes:
-    """The bytes ONNX stores for an array (little-endian, 4-bit types packed)."""
-    return ir.Tensor(np.ascontiguousarray(array), dtype=dtype).tobytes()
-
-
-def store(tensor: TensorProto, dtype: ir.DataType, array: np.ndarray) -> None:
-    """Put an array into a TensorProto in place of its values: as raw data, where that is not larger."""
-    content = encode(array, dtype)
-    # int32_data spends one byte on a zero; as raw data, a 16-bit tensor of zeros would grow.
-    small = bool(tensor.int32_data) and dtype.bitwidth == 16
-    _clear(tensor)
-    if small:
-        tensor.int32_data.extend(np.frombuffer(content, "<u2").astype(np.int32).tolist())
-        if tensor.ByteSize() < len(content):
-            return
-        tensor.ClearField("int32_data")
-    tensor.raw_data = content
-
-
-def _clear(tensor: TensorProto) -> None:
-    typed = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
-    for name in (*typed, "raw_data", "external_data", "data_location"):
-        tensor.ClearField(name)
-
-
-def _point(tensor: TensorProto, location: str, offset: int) -> None:
-    """Make a tensor refer to a place in a file."""
-    _clear(tensor)
-    tensor.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", location), ("offset", offset), ("length", valid.nbytes(tensor))):
-        tensor.external_data.add(key=key, value=str(value))
-
-
-def _move_out(proto: onnx.ModelProto, path: Path) -> None:
-    """Move the data of every larger tensor into a file."""
-    with open(path, "wb") as file:
-        for tensor in tensors(proto):
-            inline = tensor.data_location != TensorProto.EXTERNAL and tensor.data_type != TensorProto.STRING
-            if not inline or valid.nbytes(tensor) < PAGE:
-                continue
-            offset = file.seek(-(-file.tell() // PAGE) * PAGE)
-            file.write(ir.serde.TensorProtoTensor(tensor).tobytes())
-            _point(tensor, path.name, offset)
-
-
-def _serialize(proto: onnx.ModelProto) -> bytes | None:
-    """The bytes of a model; None where they are more than a file can hold."""
-    try:
-        content = proto.SerializeToString(deterministic=True)
-    except (EncodeError, ValueError):  # protobuf's implementations differ
-        return None
-    return content if len(content) <= PROTOBUF_LIMIT else None
 
 
 def _ir_external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
@@ -459,39 +291,32 @@ def _ir_external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
                     yield attribute.value
 
 
-def _floats_to_tensor(node: onnx.NodeProto) -> None:
-    values = np.array(node.attribute[0].floats, np.float32)
-    node.attribute[0].CopyFrom(onnx.helper.make_attribute("value", onnx.numpy_helper.from_array(values)))
+def _constants_to_tensors(proto: onnx.ModelProto) -> None:
+    """Make tensors of the lists of floats that Constant nodes hold."""
+    for graph in graphs(proto):
+        for node in graph.node:
+            given = node.attribute[0] if node.op_type == "Constant" and node.attribute else None
+            if given is not None and given.name == "value_floats" and not given.ref_attr_name:
+                values = np.array(given.floats, np.float32)
+                given.CopyFrom(onnx.helper.make_attribute("value", onnx.numpy_helper.from_array(values)))
 
 
-def _data_files(model: Path) -> list[Path]:
-    """The external data files of an existing model that a save of it made (none if it is no model)."""
-    own = re.compile(rf"{re.escape(model.name)}\.(\d+\.)?data")
-    try:
-        locations = {valid.external(t).file for t in external_tensors(_parse(model))}
-    except Exception:
-        return []
-    return [model.parent / name for name in sorted(locations) if own.fullmatch(name)]
-
-
-def _data_names(model: str, target: Path | None) -> Iterator[str]:
-    """Names for the data files of a model, free in the target's folder: model.data, model.1.data, ..."""
-    taken = set() if target is None else set(os.listdir(target.parent))
-    names = (f"{model}.{i}.data" for i in itertools.count(1))
-    return (name for name in itertools.chain([f"{model}.data"], names) if name not in taken)
-
-
-@contextlib.contextmanager
-def _reading() -> Iterator[None]:
-    """Say that a model's data changed under our hands: they were there, and long enough, when it was loaded."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise PruneError(f"the model's data can no longer be read ({_reason(error)}); load the model again") from error
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost cause on one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(str(error).split())[:500] or type(error).__name__
+__all__ = [
+    "PAGE",
+    "PROTOBUF_LIMIT",
+    "Change",
+    "Edit",
+    "Model",
+    "ModelSource",
+    "Place",
+    "Staged",
+    "encode",
+    "external_tensors",
+    "graphs",
+    "load",
+    "open_proto",
+    "parse",
+    "store",
+    "subgraphs",
+    "tensors",
+]

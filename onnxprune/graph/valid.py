@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnx import TensorProto
 
 from onnxprune.errors import PruneError
+from onnxprune.graph.wire import OWN
 
 DEPTH = 100
 """Levels of sub-graphs; protobuf reads fewer from a file."""
@@ -76,13 +77,20 @@ def check_tensor(tensor: TensorProto, what: str) -> None:
         elif dtype != ir.DataType.STRING and dtype.bitwidth in (2, 4):  # packed, which 6-bit types are not
             need = nbytes(tensor)
     if have != need:
-        raise PruneError(
-            f"{name} of shape {list(tensor.dims)} and type {dtype.name} needs {need} {unit}, but {have} are stored: "
-            "the file is damaged, export it again"
-        )
+        raise PruneError(_wrong(name, tensor, need, unit, have))
 
 
-def check_external(tensors: Iterable[TensorProto], roots: Sequence[Path], what: str) -> dict[str, str]:
+def _wrong(name: str, tensor: TensorProto, need: int, unit: str, have: int | None) -> str:
+    dtype = ir.DataType(tensor.data_type).name
+    return (
+        f"{name} of shape {list(tensor.dims)} and type {dtype} needs {need} {unit}, but {have} are stored: "
+        "the file is damaged, export it again"
+    )
+
+
+def check_external(
+    tensors: Iterable[TensorProto], roots: Sequence[Path], what: str, own: str | None = None
+) -> dict[str, str]:
     """External data lie in regular files within the model's folder, and the files are long enough.
 
     Args:
@@ -90,6 +98,7 @@ def check_external(tensors: Iterable[TensorProto], roots: Sequence[Path], what: 
         roots: the folder that locations are relative to, and others that links may lead into; none for a model that
             was never a file.
         what: what messages call the model.
+        own: the real path of the model's own file, where tensors may have been left.
 
     Returns:
         Location as the model spells it -> real path of the file.
@@ -112,9 +121,11 @@ def check_external(tensors: Iterable[TensorProto], roots: Sequence[Path], what: 
                 "or load it with its external data"
             )
         if file not in found:
-            found[file] = _locate(file, roots[0], real, name)
+            found[file] = own if file == OWN and own is not None else _locate(file, roots[0], real, name)
             sizes[file] = os.stat(found[file]).st_size
         need, size = nbytes(tensor), sizes[file]
+        if file == OWN and length != need:
+            raise PruneError(_wrong(f"{what}: tensor '{tensor.name}'", tensor, need, "bytes", length))
         if offset < 0 or (length is not None and length < need) or offset + max(need, length or 0) > size:
             raise PruneError(
                 f"{name} {list(tensor.dims)} needs {need} bytes at offset {offset} of '{file}', which has {size} "
