@@ -15,7 +15,8 @@ import onnx
 
 from onnxprune import config as configuration
 from onnxprune._version import __version__
-from onnxprune.algorithms.pruner import Clock, decide
+from onnxprune.algorithms.cuts import Zeroing
+from onnxprune.algorithms.pruner import Clock, Decision, decide, decisions
 from onnxprune.errors import PruneError
 from onnxprune.graph.files import writing
 from onnxprune.graph.masks import Masks
@@ -91,7 +92,9 @@ class Result:
     """A pruned model.
 
     Attributes:
-        masks: weight name -> boolean array of the stored shape, True is kept.
+        masks: weight name -> boolean array of the stored shape, True is kept. Those of a model of more than 16 million
+            entries are worked out from its file when they are looked at, as long as that is what it was; `packed()`
+            puts them into memory.
         report: one row per weight, and the ones skipped, with reasons.
         evaluation: dense beside pruned under onnxruntime, where data was given.
         path: the file written; None where none was asked for, or the gate was not met.
@@ -180,7 +183,7 @@ class Pruner:
         clock = self.clock if following else Clock(epoch, step)
         result = run(model, self.config, clock=clock, held=self.masks if following else None, **options)
         if following:
-            self.masks = result.masks
+            self.masks = result.masks.packed()
         return result
 
 
@@ -295,25 +298,29 @@ def run(
     factors = None
     if trial is not None and config.pruner == "sensitivity":
         factors = trial.factors([w.name for _, chosen in config.assign(weights) for w in chosen])
-    kept, misfits = decide(config, weights, clock, held, factors)
-    if plan is not None:
+    if plan is None:
+        decided, misfits = decisions(config, weights, clock, held, factors)
+        rows = {name: _row(decision) for name, decision in decided.items()}
+        masks = _masks(decided)
+    else:
+        kept, misfits = decide(config, weights, clock, held, factors)
         along, pinned = plan.decide(config, clock, held, align)
         kept |= {name: kept[name] & mask if name in kept else mask for name, mask in along.items()}
         misfits += pinned
-    governed = [w for w in weights if w.name in kept]
-    told = {*kept, *(s.name for s in misfits)}
+        rows = {w.name: row(w, kept[w.name]) for w in weights if w.name in kept}
+        masks = Masks(kept)
+    told = {*masks, *(s.name for s in misfits)}
     others = [Skipped(w.name, w.op_type, "the configuration leaves it out") for w in weights if w.name not in told]
-    rows = tuple(row(w, kept[w.name]) for w in governed)
-    report = Report(rows, (*misfits, *others, *untouched), () if plan is None else plan.groups)
-    masks = Masks(kept)
-    if plan is not None:
+    groups = () if plan is None else plan.groups
+    report = Report(tuple(rows.values()), (*misfits, *others, *untouched), groups)
+    if plan is None:
+        for decision in decided.values():
+            _edit(model, decision)
+    else:
         plan.zero(kept)
         if not keep_shape:
             model = plan.cut()
             report = replace(report, difference=plan.check(model) if verify and not config.inexact else None)
-    else:
-        for weight in governed:
-            edit(model, weight, masks)
     if compact:
         from onnxprune.structure import compact as dead
 
@@ -325,6 +332,8 @@ def run(
     with model.stage(target, sparse_storage=sparse) as staged:
         evaluation = None if trial is None else trial.evaluate(staged.path)
         accepted = max_drop is None or trial is None or trial.loss(evaluation) <= max_drop
+        if target is not None and accepted and staged.in_place:
+            masks = masks.packed()  # what they are worked out from is about to be replaced
         path = staged.commit() if target is not None and accepted else None
     return Result(model, masks, report, evaluation, path, accepted)
 
@@ -369,11 +378,36 @@ class _Trial:
         return 0.0 if evaluation is None else loss(evaluation)
 
 
-def edit(model: Model, weight: Weight, masks: Masks) -> None:
-    """Put a weight's mask into its model."""
-    if masks[weight.name].all():
+PACKED = 1 << 24
+"""Up to so many entries, masks are kept in memory, whatever becomes of the model's file."""
+
+
+def _masks(decided: Mapping[str, Decision]) -> Masks:
+    """The masks of weights: in memory, or worked out from a large model's file when they are looked at."""
+    made = Masks.made({name: (decision.kept, decision.weight.shape) for name, decision in decided.items()})
+    if sum(math.prod(decision.weight.shape) for decision in decided.values()) <= PACKED:
+        return made.packed()
+    held = {name: decision for name, decision in decided.items() if not decision.streamed}
+    return made | Masks.made({n: (d.kept, d.weight.shape) for n, d in held.items()}).packed()
+
+
+def _edit(model: Model, decision: Decision) -> None:
+    """Carry a decision out in its model."""
+    weight, cut, values = decision.weight, decision.cut, decision.values
+    if cut is not None and values is not None and values.in_file:
+        if cut.removed:
+            model.edit(weight.leaf.tensor, Zeroing(cut, values))
         return
-    model.edit(weight.leaf.tensor, lambda values: weight.pruned(masks[weight.name], values))
+    keep = decision.kept()
+    if keep.all():
+        return
+    bits = np.packbits(keep)
+
+    def change(stored: np.ndarray) -> np.ndarray:
+        keep = np.unpackbits(bits, count=math.prod(weight.shape)).view(np.bool_)
+        return weight.pruned(keep.reshape(weight.shape), stored)
+
+    model.edit(weight.leaf.tensor, change)
 
 
 def note(model: Model, config: configuration.Config, report: Report, clock: Clock) -> None:
@@ -386,6 +420,13 @@ def note(model: Model, config: configuration.Config, report: Report, clock: Cloc
     for entry in [p for p in model.proto.metadata_props if p.key == "onnxprune"]:
         model.proto.metadata_props.remove(entry)
     model.proto.metadata_props.add(key="onnxprune", value=json.dumps(record, default=list, sort_keys=True))
+
+
+def _row(decision: Decision) -> Row:
+    weight, cut = decision.weight, decision.cut
+    if cut is None:
+        return row(weight, decision.kept())
+    return Row(weight.name, weight.op_type, weight.shape, weight.size, cut.zeros, cut.zeros_after)
 
 
 def row(weight: Weight, keep: np.ndarray) -> Row:

@@ -6,13 +6,14 @@ entries to remove, and returns the units to remove. Adding an allocation is one 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from onnxprune.algorithms.patterns import Units
+from onnxprune.algorithms.patterns import Shape, Units
 from onnxprune.algorithms.select import MAX_THREADS, THREADED, booleans, lowest
 
 Allocation = Callable[[Sequence[Units], float], list[np.ndarray]]
@@ -20,12 +21,22 @@ Allocation = Callable[[Sequence[Units], float], list[np.ndarray]]
 
 def uniform(weights: Sequence[Units], sparsity: float) -> list[np.ndarray]:
     """The same share of every weight: int(n * sparsity) entries of each."""
-    return _each(weights, [int(units.entries * sparsity) for units in weights])
+    return _each(weights, uniform_counts([units.shape for units in weights], sparsity))
+
+
+def uniform_counts(shapes: Sequence[Shape], sparsity: float) -> list[int]:
+    """How many entries `uniform` takes from weights of such shapes."""
+    return [int(math.prod(shape) * sparsity) for shape in shapes]
 
 
 def globally(weights: Sequence[Units], sparsity: float) -> list[np.ndarray]:
     """One ranking over all weights: int(N * sparsity) entries of them together."""
-    return take(weights, int(sum(units.entries for units in weights) * sparsity))
+    return take(weights, global_count([units.shape for units in weights], sparsity))
+
+
+def global_count(shapes: Sequence[Shape], sparsity: float) -> int:
+    """How many entries `globally` takes from weights of such shapes together."""
+    return int(sum(map(math.prod, shapes)) * sparsity)
 
 
 def erk(weights: Sequence[Units], sparsity: float) -> list[np.ndarray]:
@@ -34,9 +45,15 @@ def erk(weights: Sequence[Units], sparsity: float) -> list[np.ndarray]:
     The density of a weight is proportional to (sum of its dimensions) / (product of its dimensions), at most 1;
     int(N * sparsity) entries go in total.
     """
-    sizes = np.array([units.entries for units in weights], np.int64)
-    room = np.array([_removable(units) for units in weights], np.int64)
-    raw = np.array([sum(units.shape) / units.entries if units.entries else 0.0 for units in weights])
+    room = [_removable(units) for units in weights]
+    return _each(weights, erk_counts([units.shape for units in weights], sparsity, room))
+
+
+def erk_counts(shapes: Sequence[Shape], sparsity: float, removable: Sequence[int] | None = None) -> list[int]:
+    """How many entries `erk` takes from weights of such shapes, of which so many may go (all, unless given)."""
+    sizes = np.array([math.prod(shape) for shape in shapes], np.int64)
+    room = sizes if removable is None else np.array(removable, np.int64)
+    raw = np.array([sum(shape) / math.prod(shape) if math.prod(shape) else 0.0 for shape in shapes])
     total = int(int(sizes.sum()) * sparsity)
 
     def removed(scale: float) -> np.ndarray:
@@ -52,7 +69,7 @@ def erk(weights: Sequence[Units], sparsity: float) -> list[np.ndarray]:
     for index in np.argsort(-(wanted - counts), kind="stable"):  # what rounding left over, largest remainder first
         if counts.sum() < total and counts[index] < room[index]:
             counts[index] += 1
-    return _each(weights, [int(count) for count in counts])
+    return [int(count) for count in counts]
 
 
 def _each(weights: Sequence[Units], budgets: Sequence[int]) -> list[np.ndarray]:

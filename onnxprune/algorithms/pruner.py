@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from onnxprune.algorithms import patterns, scores
-from onnxprune.algorithms.allocate import ALLOCATIONS, below
+from onnxprune.algorithms import cuts, patterns, scores
+from onnxprune.algorithms.allocate import ALLOCATIONS, below, erk_counts, global_count, uniform_counts
 from onnxprune.algorithms.schedules import cubic
 from onnxprune.algorithms.select import booleans, side_by_side
 from onnxprune.config import AGPEntry, Config, Entry, SensitivityEntry
 from onnxprune.errors import PruneError
+from onnxprune.graph.values import Values, of
 from onnxprune.graph.weights import Skipped, Weight, check_finite
 
 
@@ -50,6 +52,95 @@ def decide(
     weights = list(weights)
     clock, held, factors = clock or Clock(), held or {}, factors or {}
     masks: dict[str, np.ndarray] = {}
+    fitting, skipped = _fitting(config, weights)
+    for entry, pattern, chosen in fitting:
+        kept = _decide_entry(entry, pattern, chosen, clock, held, factors)
+        masks |= {weight.name: keep for weight, keep in zip(chosen, kept, strict=True)}
+    return {w.name: masks[w.name] for w in weights if w.name in masks}, skipped
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What goes of a weight.
+
+    Attributes:
+        weight: the weight.
+        cut: the entries that go, where that can be said so.
+        values: of the weight, where there is a cut.
+        bits: otherwise the mask (True is kept, stored shape), packed.
+    """
+
+    weight: Weight
+    cut: cuts.Cut | None = None
+    values: Values | None = None
+    bits: np.ndarray | None = None
+
+    @property
+    def streamed(self) -> bool:
+        """Whether it takes no memory: the mask can be worked out again from the weight's file."""
+        return self.values is not None and self.values.in_file
+
+    def kept(self) -> np.ndarray:
+        """The mask: a boolean array of the stored shape, True is kept."""
+        weight = self.weight
+        if self.cut is None or self.values is None:
+            assert self.bits is not None
+            return np.unpackbits(self.bits, count=math.prod(weight.shape)).view(np.bool_).reshape(weight.shape)
+        return cuts.kept(self.cut, self.values, weight)
+
+
+def decisions(
+    config: Config,
+    weights: Iterable[Weight],
+    clock: Clock | None = None,
+    held: Mapping[str, np.ndarray] | None = None,
+    factors: Mapping[str, float] | None = None,
+) -> tuple[dict[str, Decision], list[Skipped]]:
+    """`decide` for models that need not fit into memory: the same masks, said in less room where possible."""
+    weights = list(weights)
+    clock, held, factors = clock or Clock(), held or {}, factors or {}
+    found: dict[str, Decision] = {}
+    fitting, skipped = _fitting(config, weights)
+    for entry, pattern, chosen in fitting:
+        share = target(entry, clock)
+        plain = pattern is patterns.UNSTRUCTURED and entry.score == "magnitude" and entry.allocation in COUNTS
+        free = held.keys().isdisjoint(weight.name for weight in chosen)
+        if plain and free and share is not None and chosen and not isinstance(entry, SensitivityEntry):
+            found |= _cut_entry(entry, chosen, share)
+            continue
+        alone = entry.allocation == "uniform" and not isinstance(entry, SensitivityEntry)
+        for part in [[weight] for weight in chosen] if alone else [chosen]:
+            kept = _decide_entry(entry, pattern, part, clock, held, factors)
+            for weight, keep in zip(part, kept, strict=True):
+                found[weight.name] = Decision(weight, bits=np.packbits(keep))
+    return {w.name: found[w.name] for w in weights if w.name in found}, skipped
+
+
+COUNTS: dict[str, Callable[..., int | list[int]]] = {
+    "uniform": uniform_counts,
+    "erk": erk_counts,
+    "global": global_count,
+}
+"""Allocations that need to know no more than the weights' shapes."""
+
+
+def _cut_entry(entry: Entry, weights: list[Weight], share: float) -> dict[str, Decision]:
+    """The decisions about the weights one entry governs, as cuts."""
+    values = [of(weight) for weight in weights]
+    counts: int | list[int] = COUNTS[entry.allocation]([v.shape for v in values], share)
+    try:
+        found = cuts.cuts(values, counts) if isinstance(counts, int) else cuts.each(values, counts)
+    except cuts.NotFinite as error:
+        check_finite(weights[error.index], weights[error.index].values())
+        raise
+    return {w.name: Decision(w, cut, v) for w, cut, v in zip(weights, found, values, strict=True)}
+
+
+def _fitting(
+    config: Config, weights: list[Weight]
+) -> tuple[list[tuple[Entry, patterns.Pattern, list[Weight]]], list[Skipped]]:
+    """The entries whose pattern does not couple weights, each with the weights it governs; and what does not fit."""
+    found = []
     skipped: list[Skipped] = []
     for index, chosen in config.assign(weights):
         entry = config.entries[index]
@@ -63,9 +154,8 @@ def decide(
                 skipped.append(Skipped(weight.name, weight.op_type, f"pattern {pattern.name} does not fit: {reason}"))
             else:
                 fitting.append(weight)
-        kept = _decide_entry(entry, pattern, fitting, clock, held, factors)
-        masks |= {weight.name: keep for weight, keep in zip(fitting, kept, strict=True)}
-    return {w.name: masks[w.name] for w in weights if w.name in masks}, skipped
+        found.append((entry, pattern, fitting))
+    return found, skipped
 
 
 def target(entry: Entry, clock: Clock) -> float | None:

@@ -40,7 +40,7 @@ Array = np.ndarray[Any, Any]
 Result = TypeVar("Result")
 Run = Callable[[Callable[["_Span"], Any], Iterable["_Span"]], Iterable[Any]]
 
-_KEYS: dict[np.dtype[Any], np.dtype[Any]] = {
+KEYS: dict[np.dtype[Any], np.dtype[Any]] = {
     np.dtype(np.float16): np.dtype(np.uint16),
     np.dtype(ml_dtypes.bfloat16): np.dtype(np.uint16),
     np.dtype(np.float32): np.dtype(np.uint32),
@@ -177,7 +177,7 @@ class _Span:
     def chunks(self) -> Iterator[tuple[Array, Array | None, Array, int]]:
         """Chunk by chunk the keys (in the thread's buffer), which of them are free, result and the first place."""
         part = self.part
-        key = _KEYS[part.dtype]
+        key = KEYS[part.dtype]
         magnitude = key.type(np.iinfo(key).max >> 1)
         boolean = np.dtype(np.bool_)
         flags: Any = ["buffered", "external_loop", "ranged"]
@@ -185,13 +185,13 @@ class _Span:
         arrays = [part.score, part.result] if part.held is None else [part.score, part.result, part.held]
         dtypes, modes = [part.dtype, boolean, boolean][: len(arrays)], modes[: len(arrays)]
         length = min(CHUNK // key.itemsize, self.stop - self.start)
-        buffer = _buffer("keys").view(key)
+        buffer = scratch("keys").view(key)
         place = part.first + self.start
         with np.nditer(arrays, flags, modes, dtypes, "C", "safe", buffersize=length) as chunks:
             chunks.iterrange = (self.start, self.stop)  # type: ignore[misc]  # numpy's stubs have it read-only
             for score, result, *held in chunks:
                 keys = np.bitwise_and(score.view(key), magnitude, out=buffer[: score.size])
-                free = np.logical_not(held[0], out=_buffer("free")[: score.size]) if held else None
+                free = np.logical_not(held[0], out=scratch("free")[: score.size]) if held else None
                 yield keys, free, result, place
                 place += score.size
 
@@ -199,18 +199,19 @@ class _Span:
 _THREAD = threading.local()
 
 
-def _buffer(name: str) -> Array:
+def scratch(name: str) -> Array:
     """A thread's own buffer, kept: touching fresh memory costs more than the work on it.
 
-    "keys" has CHUNK bytes, the others a boolean for each of as many keys as that may be.
+    "keys" and "values" have CHUNK bytes, the others a boolean for each of as many keys as that may be.
     """
     if not hasattr(_THREAD, name):
-        setattr(_THREAD, name, np.empty(CHUNK, np.uint8) if name == "keys" else np.empty(CHUNK // 2, np.bool_))
+        plain = name in ("keys", "values")
+        setattr(_THREAD, name, np.empty(CHUNK, np.uint8) if plain else np.empty(CHUNK // 2, np.bool_))
     buffer: Array = getattr(_THREAD, name)
     return buffer
 
 
-class _Bag:
+class Bag:
     """Keys and places gathered by all threads in one pass: each or, where there is no room, every `step`-th."""
 
     def __init__(self, room: int, key: np.dtype[Any], total: int) -> None:
@@ -222,6 +223,7 @@ class _Bag:
         self.lock = threading.Lock()
 
     def add(self, keys: Array, places: Array) -> None:
+        """Gather keys and their places; from any thread."""
         with self.lock:
             keys, places = keys[:: self.step], places[:: self.step]
             while self.size + keys.size > self.keys.size:
@@ -244,8 +246,8 @@ def _check(scores: Sequence[Array], count: int, held: Sequence[Array | None], th
     if len(held) != len(scores):
         raise PruneError(f"{len(scores)} score arrays expect as many held arrays (or None), but got {len(held)}")
     for index, (score, mask) in enumerate(zip(scores, held, strict=True)):
-        if score.dtype not in _KEYS:
-            known = ", ".join(str(dtype) for dtype in _KEYS)
+        if score.dtype not in KEYS:
+            known = ", ".join(str(dtype) for dtype in KEYS)
             raise PruneError(f"score array {index} is {_kind(score)}, but expected is one of {known}")
         if mask is not None and (mask.dtype != np.bool_ or mask.shape != score.shape):
             raise PruneError(f"held array {index} is {_kind(mask)}, but its scores expect bool{list(score.shape)}")
@@ -274,7 +276,7 @@ def _parts(scores: Sequence[Array], held: Sequence[Array | None], results: Seque
 def _select(parts: list[_Part], need: int, run: Run, room: int) -> None:
     """Fill the parts' results: all that is held and the `need` lowest of the rest."""
     spans = [span for part in parts for span in part.spans()]
-    key = _KEYS[parts[0].dtype]
+    key = KEYS[parts[0].dtype]
     infinity = int(np.array(np.inf, parts[0].dtype).view(key))
     sample, finite = _sample(spans, infinity)
     low, high = 0, infinity  # the key wanted is at least low and less than high,
@@ -282,11 +284,11 @@ def _select(parts: list[_Part], need: int, run: Run, room: int) -> None:
     guesses = 0
     while high - low > 1 or guesses == 0:
         if guesses < GUESSES:
-            left, right = _bracket(sample, (need - below_low) / max(below_high - below_low, 1), low, high)
+            left, right = bracket(sample, (need - below_low) / max(below_high - below_low, 1), low, high)
         else:
             left, right = low, (low + high) // 2
         guesses += 1
-        bag = _Bag(room, key, parts[-1].first + parts[-1].score.size)
+        bag = Bag(room, key, parts[-1].first + parts[-1].score.size)
         tallies = run(partial(_tally, left=left, right=right, infinity=infinity, bag=bag), spans)
         below_left, below_right, finite = map(sum, zip(*tallies, strict=True))
         if finite < need:
@@ -315,7 +317,7 @@ def _sample(spans: list[_Span], infinity: int) -> tuple[Array, int]:
     total = sum(span.stop - span.start for span in spans)
     size = min(SAMPLE, total // ONE_IN) if total > WHOLE else 0
     random = np.random.default_rng(0)
-    key = _KEYS[spans[0].part.dtype]
+    key = KEYS[spans[0].part.dtype]
     drawn = [np.empty(0, key)]
     seen = 0
     for span in spans:
@@ -338,12 +340,15 @@ def _take(array: Array, at: Array) -> Array:
     return np.asarray(array.take(at) if array.ndim == 1 else array[np.unravel_index(at, array.shape)])
 
 
-def _bracket(sample: Array, share: float, low: int, high: int) -> tuple[int, int]:
-    """A range of keys, within low and high, where by the sample the given share of the keys in [low, high) ends."""
+def bracket(sample: Array, share: float, low: int, high: int, design: float = 1.0) -> tuple[int, int]:
+    """A range of keys, within low and high, where by the sample the given share of the keys in [low, high) ends.
+
+    `design` is how many times further off its quantiles may be than those of a sample drawn entry by entry.
+    """
     if sample.size == 0:
         return low, high
     middle = min(share, 1.0) * sample.size
-    slack = 2.5 * math.sqrt(middle * (1 - min(share, 1.0))) + 8  # 2.5 standard deviations of a quantile
+    slack = 2.5 * design * math.sqrt(middle * (1 - min(share, 1.0))) + 8  # 2.5 standard deviations of a quantile
     first, last = int(middle - slack), math.ceil(middle + slack)
     places = np.clip([first, int(middle), last], 0, sample.size - 1)
     sample.partition(places)
@@ -358,7 +363,7 @@ def _bracket(sample: Array, share: float, low: int, high: int) -> tuple[int, int
     return left, right
 
 
-def _tally(span: _Span, left: int, right: int, infinity: int, bag: _Bag) -> tuple[int, int, int]:
+def _tally(span: _Span, left: int, right: int, infinity: int, bag: Bag) -> tuple[int, int, int]:
     """Mark what is less than left or held and gather what is in [left, right), unless that is a single key.
 
     Returns how many keys are less than left, right and infinity.
@@ -366,14 +371,14 @@ def _tally(span: _Span, left: int, right: int, infinity: int, bag: _Bag) -> tupl
     below = inside = finite = 0
     for keys, free, result, place in span.chunks():
         np.less(keys, left, out=result)
-        within = np.less(keys, right, out=_buffer("within")[: keys.size])
+        within = np.less(keys, right, out=scratch("within")[: keys.size])
         if free is not None:
             result &= free
             within &= free
         below += np.count_nonzero(result)
         within ^= result
         if right - left > 1:
-            at = _where(within)
+            at = where(within)
             inside += at.size
             bag.add(keys.take(at), at + place)
         else:
@@ -389,7 +394,7 @@ def _tally(span: _Span, left: int, right: int, infinity: int, bag: _Bag) -> tupl
     return below, below + inside, finite
 
 
-def _where(chosen: Array) -> Array:
+def where(chosen: Array) -> Array:
     """`np.flatnonzero`, faster where few are chosen: the booleans are first looked at eight at a time."""
     if chosen.size % 8:
         return np.flatnonzero(chosen)
@@ -399,7 +404,7 @@ def _where(chosen: Array) -> Array:
     return np.asarray(at.take(hits >> 3) * 8 + (hits & 7))
 
 
-def _mark_gathered(parts: list[_Part], bag: _Bag, quota: int) -> None:
+def _mark_gathered(parts: list[_Part], bag: Bag, quota: int) -> None:
     """Mark the `quota` lowest of the keys in the bag, which holds all that are not marked yet and might have to be."""
     keys, places = bag.keys[: bag.size], bag.places[: bag.size]
     key = np.partition(keys, quota - 1)[quota - 1]

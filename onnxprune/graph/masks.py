@@ -1,4 +1,7 @@
-"""Masks: which entries of which weights are kept. In memory and on disk they take one bit an entry."""
+"""Masks: which entries of which weights are kept. In memory and on disk they take one bit an entry.
+
+Those of large models are worked out again whenever they are looked at, and take no memory at all.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,9 @@ from onnxprune.graph import files
 LIMIT = 2**30
 """Bytes of one array in a mask file: bits for 8.6 billion entries. A file that declares more is refused unread."""
 
+Make = Callable[[], np.ndarray]
+"""Works out a mask."""
+
 _MEMBERS = ["index.npy", "bits.npy"]
 
 
@@ -25,17 +31,46 @@ class Masks(Mapping[str, np.ndarray]):
 
     def __init__(self, masks: Mapping[str, np.ndarray] | None = None) -> None:
         """Pack masks; they are copied."""
-        self._bits: dict[str, tuple[np.ndarray, tuple[int, ...]]]
+        self._bits: dict[str, tuple[np.ndarray | Make, tuple[int, ...]]]
         if isinstance(masks, Masks):
             self._bits = dict(masks._bits)
         else:
-            arrays = {name: np.asarray(mask, np.bool_) for name, mask in (masks or {}).items()}
-            self._bits = {name: (np.packbits(mask), mask.shape) for name, mask in arrays.items()}
+            arrays = ((name, np.asarray(mask, np.bool_)) for name, mask in (masks or {}).items())
+            self._bits = {name: (np.packbits(mask), mask.shape) for name, mask in arrays}
+
+    @classmethod
+    def made(cls, makers: Mapping[str, tuple[Make, tuple[int, ...]]]) -> Masks:
+        """Masks that are worked out whenever they are looked at: for each weight how, and its stored shape."""
+        masks = cls()
+        masks._bits = dict(makers)
+        return masks
+
+    def packed(self) -> Masks:
+        """The same masks, each in memory."""
+        masks = Masks()
+        masks._bits = {name: (self._packed(name), shape) for name, (_, shape) in self._bits.items()}
+        return masks
+
+    def __or__(self, other: Masks) -> Masks:
+        """These masks and others; of one name, the others count."""
+        masks = Masks()
+        masks._bits = {**self._bits, **other._bits}
+        return masks
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """The mask of a weight, unpacked into a fresh array."""
+        """The mask of a weight, a fresh array.
+
+        Raises:
+            PruneError: it has to be worked out from a model file that is not what it was.
+        """
         bits, shape = self._bits[name]
+        if not isinstance(bits, np.ndarray):
+            return bits()
         return np.unpackbits(bits, count=math.prod(shape)).view(np.bool_).reshape(shape)
+
+    def _packed(self, name: str) -> np.ndarray:
+        bits, _ = self._bits[name]
+        return bits if isinstance(bits, np.ndarray) else np.packbits(bits())
 
     def __iter__(self) -> Iterator[str]:
         """Weight names, in the order given."""
@@ -54,8 +89,8 @@ class Masks(Mapping[str, np.ndarray]):
         if not isinstance(other, Masks):
             return NotImplemented
         return self._bits.keys() == other._bits.keys() and all(
-            shape == other._bits[name][1] and np.array_equal(bits, other._bits[name][0])
-            for name, (bits, shape) in self._bits.items()
+            shape == other._bits[name][1] and np.array_equal(self._packed(name), other._packed(name))
+            for name, (_, shape) in self._bits.items()
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -70,7 +105,7 @@ class Masks(Mapping[str, np.ndarray]):
         if target.is_dir():
             raise PruneError(f"cannot write masks to '{target}', a folder; give the name of a file in it")
         index = json.dumps([[name, list(shape)] for name, (_, shape) in self._bits.items()])
-        bits = np.concatenate([np.empty(0, np.uint8), *(bits for bits, _ in self._bits.values())])
+        bits = np.concatenate([np.empty(0, np.uint8), *(self._packed(name) for name in self._bits)])
         with files.staging(target) as folder, files.writing(target):
             with open(folder / target.name, "wb") as file:  # given a name, numpy would append .npz
                 np.savez_compressed(file, index=np.frombuffer(index.encode(), np.uint8), bits=bits)

@@ -50,6 +50,11 @@ class Staged:
         """Bytes of the model file and its data files."""
         return sum((self.path.parent / name).stat().st_size for name in (self.path.name, *self.data))
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the target is the model's own file."""
+        return self.model.path is not None and os.path.realpath(self.model.path) == str(self.target)
+
     def commit(self) -> Path:
         """Rename the data files, then the model file, which is the moment the target changes.
 
@@ -59,7 +64,7 @@ class Staged:
         assert self.target is not None
         target = self.target
         folder = target.parent
-        in_place = self.model.path is not None and os.path.realpath(self.model.path) == str(target)
+        in_place = self.in_place
         used = set() if in_place else {file.path for file in self.model.data.values()}
         stale = [path for path in _data_files(target) if os.path.realpath(path) not in used]
         with files.writing(target):
