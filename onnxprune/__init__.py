@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onnxprune._version import __version__
-    from onnxprune.api import AGPPruner, LevelPruner, Pruner, Report, Result, SensitivityPruner, prune
+    from onnxprune.api import (
+        AGPPruner,
+        LevelPruner,
+        Lowered,
+        Pruner,
+        Report,
+        Result,
+        SensitivityPruner,
+        lower,
+        prune,
+    )
     from onnxprune.errors import PruneError
     from onnxprune.graph.masks import Masks
     from onnxprune.inspection import Inspection, inspect
@@ -19,7 +29,17 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "onnxprune._version": ("__version__",),
-    "onnxprune.api": ("AGPPruner", "LevelPruner", "Pruner", "Report", "Result", "SensitivityPruner", "prune"),
+    "onnxprune.api": (
+        "AGPPruner",
+        "LevelPruner",
+        "Lowered",
+        "Pruner",
+        "Report",
+        "Result",
+        "SensitivityPruner",
+        "lower",
+        "prune",
+    ),
     "onnxprune.errors": ("PruneError",),
     "onnxprune.graph.masks": ("Masks",),
     "onnxprune.inspection": ("Inspection", "inspect"),
@@ -34,6 +54,7 @@ __all__ = [
     "Evaluation",
     "Inspection",
     "LevelPruner",
+    "Lowered",
     "Masks",
     "PruneError",
     "Pruner",
@@ -44,6 +65,7 @@ __all__ = [
     "benchmark",
     "evaluate",
     "inspect",
+    "lower",
     "prune",
 ]
 

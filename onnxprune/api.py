@@ -24,6 +24,7 @@ from onnxprune.graph.model import Model, ModelSource, load
 from onnxprune.graph.weights import Skipped, Weight, find
 
 if TYPE_CHECKING:
+    from onnxprune.lowering.lower import Lowering
     from onnxprune.runtime.evaluate import Evaluation
     from onnxprune.runtime.feeds import Dataset
     from onnxprune.runtime.session import Session
@@ -57,12 +58,14 @@ class Report:
         skipped: the weights left alone, with reasons.
         groups: one per group of channels, where channels or heads were pruned.
         difference: of the shrunk model from the masked one, as a share of the outputs' scale; None where not checked.
+        lowering: what became of layers with grouped inputs; None where none were asked for, or zeros are kept.
     """
 
     rows: tuple[Row, ...]
     skipped: tuple[Skipped, ...]
     groups: tuple[GroupRow, ...] = ()
     difference: float | None = None
+    lowering: Lowering | None = None
 
     @property
     def size(self) -> int:
@@ -84,7 +87,14 @@ class Report:
         rows = [{**asdict(row), "shape": list(row.shape), "sparsity": row.sparsity} for row in self.rows]
         total = {"size": self.size, "zeros": self.zeros, "sparsity": self.sparsity}
         channels = {"groups": [asdict(group) for group in self.groups], "difference": self.difference}
-        return {"weights": rows, "skipped": [asdict(s) for s in self.skipped], **total, **channels}
+        lowering = None if self.lowering is None else asdict(self.lowering)
+        return {
+            "weights": rows,
+            "skipped": [asdict(s) for s in self.skipped],
+            **total,
+            **channels,
+            "lowering": lowering,
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,8 +247,9 @@ def prune(
         step: the same for optimizer steps.
         options: `max_drop` (write nothing where the metric falls by more or, without labels, agreement with the dense
             model is lower than 1 - max_drop), `metric` (a callable or 'module:function'),
-            `keep_shape` (zero channels in place where the pattern is 'channel' or 'head', instead of cutting them
-            out), `verify` (False: do not hold the cut model against the zeroed one in onnxruntime), `align` (channel
+            `keep_shape` (zero in place where the pattern is 'channel', 'head' or 'grouped', instead of cutting out and
+            lowering), `verify` (False: do not hold the model against the zeroed one in onnxruntime), `timing` and
+            `latency_table` (as `onnxprune.lower` takes them), `align` (channel
             counts are rounded to multiples of it; what suits the machine unless given), `compact` (cut out, without
             changing what is computed, the channels that zeros have made dead), `shapes` (sizes of inputs with open
             dims), `sparse` (store as sparse_initializer what that makes smaller), `force` (allow output over the
@@ -279,6 +290,8 @@ def run(
     align: int | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
     compact: bool = False,
+    timing: bool = True,
+    latency_table: str | os.PathLike[str] | None = None,
 ) -> Result:
     """Prune with a validated configuration: decide, edit, evaluate, gate, write. See `prune`."""
     if max_drop is not None and data is None:
@@ -326,6 +339,12 @@ def run(
 
         model, plan, difference = dead.compact(model, shapes, align or 1)
         report = replace(report, groups=plan.groups, difference=difference)
+    if config.grouped and not keep_shape:
+        from onnxprune.lowering.latency import Latencies
+        from onnxprune.lowering.lower import lowered
+
+        model, lowering = lowered(model, shapes, Latencies.open(threads or 1, latency_table, timing), verify)
+        report = replace(report, lowering=lowering)
     note(model, config, report, clock)
     if trial is None and target is None:
         return Result(model, masks, report)
@@ -376,6 +395,67 @@ class _Trial:
         from onnxprune.sensitivity import loss
 
         return 0.0 if evaluation is None else loss(evaluation)
+
+
+@dataclass(frozen=True, eq=False)
+class Lowered:
+    """A lowered model.
+
+    Attributes:
+        model: the model; the one given where no layer gains.
+        report: layer by layer.
+        path: the file written, or None.
+    """
+
+    model: Model = field(repr=False)
+    report: Lowering
+    path: Path | None = None
+
+    def to_proto(self) -> onnx.ModelProto:
+        """The model as one protobuf, external data loaded."""
+        return self.model.to_proto()
+
+
+def lower(
+    model: ModelSource,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    threads: int = 1,
+    timing: bool = True,
+    latency_table: str | os.PathLike[str] | None = None,
+    verify: bool = True,
+    force: bool = False,
+) -> Lowered:
+    """Write the layers of a model whose zeros leave groups of outputs with inputs of their own as smaller operators.
+
+    Args:
+        model: a path, an onnx.ModelProto or an onnx_ir.Model, pruned with the pattern 'grouped', or with zeros that
+            have it; it is not changed.
+        output: the file to write.
+        shapes: sizes of inputs with open dims: what layers are timed at.
+        threads: of onnxruntime, when timing.
+        timing: False: take what a static model says is faster, and do not time.
+        latency_table: a JSON file of times. Where it exists they are taken from it, and nothing is timed here; else
+            it is written.
+        verify: False: do not hold the lowered model against the one given in onnxruntime.
+        force: allow output over the input.
+
+    Raises:
+        PruneError: bad input, or the outputs differ; nothing has been written.
+    """
+    from onnxprune.lowering.latency import Latencies
+    from onnxprune.lowering.lower import lowered
+
+    source = load(model)
+    target = None if output is None else Path(output)
+    if target is not None:
+        _check_target(source, target, force)
+    found, report = lowered(source, shapes, Latencies.open(threads, latency_table, timing), verify)
+    if target is None:
+        return Lowered(found, report)
+    with found.stage(target) as staged:
+        return Lowered(found, report, staged.commit())
 
 
 PACKED = 1 << 24
@@ -449,4 +529,16 @@ def _check_target(model: Model, target: Path, force: bool) -> None:
         raise PruneError(f"the output '{target}' is a folder; give the name of a file in it")
 
 
-__all__ = ["AGPPruner", "LevelPruner", "Masks", "Pruner", "Report", "Result", "Row", "SensitivityPruner", "prune"]
+__all__ = [
+    "AGPPruner",
+    "LevelPruner",
+    "Lowered",
+    "Masks",
+    "Pruner",
+    "Report",
+    "Result",
+    "Row",
+    "SensitivityPruner",
+    "lower",
+    "prune",
+]

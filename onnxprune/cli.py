@@ -1,4 +1,4 @@
-"""The command line: prune, inspect, evaluate, benchmark.
+"""The command line: prune, lower, inspect, explain, evaluate, benchmark.
 
 Exit status 0 is done, 1 a gate that was not met, 2 bad input or usage. Results go to stdout, as tables or with
 --json as one JSON object; everything else goes to stderr, errors as one paragraph.
@@ -55,6 +55,15 @@ Metric = Annotated[
 Baseline = Annotated[
     str | None, typer.Option(metavar="DENSE", help="The dense model, to compare with.", show_default=False)
 ]
+Table = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="JSON with times of layers: taken from it where it exists, else written.",
+        show_default=False,
+    ),
+]
+NoTiming = Annotated[bool, typer.Option("--no-timing", help="Estimate what is faster instead of timing layers.")]
 _DATA = "An .npz with an array per input and optional 'labels', or module:function."
 
 
@@ -93,7 +102,7 @@ def prune(
     ] = None,
     pattern: Annotated[
         str | None,
-        typer.Option(metavar="P", help="unstructured (unless given), channel, head, N:M, block:RxC."),
+        typer.Option(metavar="P", help="unstructured (unless given), channel, head, grouped[:G], N:M, block:RxC."),
     ] = None,
     allocation: Annotated[
         str | None, typer.Option(metavar="uniform|global|erk", help="How much goes from each weight.")
@@ -117,13 +126,14 @@ def prune(
         float | None, typer.Option(metavar="X", help="If accuracy falls by more, write nothing and exit with 1.")
     ] = None,
     keep_shape: Annotated[
-        bool, typer.Option("--keep-shape", help="Zero channels and heads in place instead of cutting them out.")
+        bool,
+        typer.Option("--keep-shape", help="Zero in place what else would be cut out or lowered."),
     ] = False,
     inexact: Annotated[
         bool, typer.Option("--inexact", help="Let norms over channels lose some; the cut model is then not checked.")
     ] = False,
     no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="Do not hold the cut model against the zeroed one.")
+        bool, typer.Option("--no-verify", help="Do not hold the cut or lowered model against the zeroed one.")
     ] = False,
     compact: Annotated[
         bool, typer.Option("--compact", help="Cut out the channels that zeros have made dead; nothing else changes.")
@@ -138,6 +148,8 @@ def prune(
     masks: Annotated[Path | None, typer.Option(metavar="FILE.npz", help="Write the masks too, bit-packed.")] = None,
     shape: Shapes = None,
     threads: Threads = None,
+    latency_table: Table = None,
+    no_timing: NoTiming = False,
     no_benchmark: Annotated[bool, typer.Option("--no-benchmark", help="Do not measure latency.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -159,6 +171,7 @@ def prune(
             pruner=pruner, score=score, pattern=pattern, allocation=allocation, inexact=inexact or None, epoch=epoch,
             max_drop=max_drop, metric=metric, sparse=sparse, force=force, threads=threads,
             keep_shape=keep_shape, verify=not no_verify, align=_align(align), shapes=shapes, compact=compact,
+            timing=not no_timing, latency_table=latency_table,
         )  # fmt: skip
         if masks is not None and result.accepted:
             result.masks.save(masks)
@@ -171,11 +184,54 @@ def prune(
 
         _show(tables.pruned(result.report))
         _show(tables.channels(result.report))
+        if result.report.lowering is not None:
+            _show(tables.lowered(result.report.lowering))
         _show(tables.compared(sizes, result.evaluation, latency))
-        _show(tables.verdict(result.sparsity, latency, result.path, cut=bool(result.report.groups) and not keep_shape))
+        smaller = bool(result.report.groups) or bool(result.report.lowering and result.report.lowering.rows)
+        _show(tables.verdict(result.sparsity, latency, result.path, cut=smaller and not keep_shape))
     if not result.accepted:
         _say(_gate(result, max_drop))
         raise typer.Exit(GATE_NOT_MET)
+
+
+@app.command(short_help="Turn zeros in groups into smaller, faster operators.")
+def lower(
+    model: Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="The file to write.", show_default=False)
+    ],
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not hold the lowered model against the given one.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Allow OUT to be MODEL itself.")] = False,
+    shape: Shapes = None,
+    threads: Threads = None,
+    latency_table: Table = None,
+    no_timing: NoTiming = False,
+    as_json: Json = False,
+) -> None:
+    """Write layers whose zeros leave groups of outputs with inputs of their own as smaller operators."""
+    with _results_only():
+        from onnxprune import api
+        from onnxprune.runtime.feeds import parse_shapes
+
+        shapes = parse_shapes(shape or [])
+        found = api.lower(
+            model, output, shapes=shapes, threads=1 if threads is None else threads, timing=not no_timing,
+            latency_table=latency_table, verify=not no_verify, force=force,
+        )  # fmt: skip
+        assert found.path is not None
+        latency = None if no_timing else _latency(found.path, model, shapes, threads)
+    if as_json:
+        timed = None if latency is None or isinstance(latency, str) else latency.to_dict()
+        _print_json({"model": model, "output": str(found.path), "lowering": asdict(found.report), "benchmark": timed})
+    else:
+        from onnxprune import tables
+
+        _show(tables.lowered(found.report))
+        if latency is not None and not isinstance(latency, str):
+            _show(tables.benchmarked(latency))
+        _show([tables.sentence(f"Written: {found.path}")])
 
 
 @app.command(short_help="Show weights, zeros and multiply-accumulates.")

@@ -236,6 +236,11 @@ class Config(BaseModel):
         """Whether any entry takes channels or heads, which the structure of the graph decides about."""
         return any(parse_pattern(entry.pattern).coupled for entry in self.entries if not entry.exclude)
 
+    @property
+    def grouped(self) -> bool:
+        """Whether any entry asks for grouped inputs, which can be lowered."""
+        return any(parse_pattern(entry.pattern).fitted is not None for entry in self.entries if not entry.exclude)
+
     def assign(self, weights: Iterable[Any]) -> list[tuple[int, list[Any]]]:
         """The weights each entry governs: the last entry that matches a weight wins, whole; exclude leaves it out.
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from onnxprune.api import Report
     from onnxprune.graph.weights import Skipped
     from onnxprune.inspection import Inspection, Port, WeightInfo
+    from onnxprune.lowering.lower import Lowering
     from onnxprune.runtime.benchmark import Benchmark, Latency
     from onnxprune.runtime.evaluate import Evaluation
     from onnxprune.structure import Explanation, GroupInfo, PinnedInfo
@@ -31,7 +32,7 @@ NOT_FASTER = (
     "Unstructured sparsity alone does not make onnxruntime faster: its kernels multiply zeros like any other number "
     "(those of N:M and block patterns too)."
 )
-CUT = "The channels were cut out of the graph: its tensors are smaller."
+CUT = "What was pruned is gone from the graph: its tensors are smaller."
 LISTED = 6
 """Names that are listed for one reason; --json gives all."""
 
@@ -79,6 +80,33 @@ def channels(report: Report) -> Iterator[RenderableType]:
             f"Checked in onnxruntime: with the channels cut out, the outputs differ by {report.difference:.1g} of "
             "their scale from those of the model with the same channels zeroed."
         )
+
+
+def lowered(lowering: Lowering) -> Iterator[RenderableType]:
+    """What became of each layer with grouped inputs, and how the model was checked."""
+    if lowering.rows:
+        table = _table("lowered", "operator", right=("groups", "inputs", "faster"), last="as")
+        for row in lowering.rows:
+            kept = f"{row.kept:,} of {row.inputs:,}"
+            table.add_row(
+                _name(row.name), row.op_type, f"{row.groups:,}", kept, f"{row.dense / row.lowered:.2f}", row.form
+            )
+        yield table
+        sources = {row.source for row in lowering.rows}
+        if sources != {"measured"}:
+            yield sentence(f"How much faster each layer is on its own: {' and '.join(sorted(sources))}.")
+    else:
+        yield sentence("No layer of this model gains by being lowered; it stays as it is.")
+    if lowering.difference is not None:
+        yield sentence(
+            f"Checked in onnxruntime: the outputs of the lowered model differ by {lowering.difference:.1g} of their "
+            "scale from those of the model with the same zeros."
+        )
+    if lowering.dense:
+        stays = _table("stays dense", last="because")
+        for item in lowering.dense:
+            stays.add_row(_name(f"{item.name} ({item.op_type})"), _name(item.reason))
+        yield stays
 
 
 def explained(explanation: Explanation) -> Iterator[RenderableType]:

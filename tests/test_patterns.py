@@ -17,7 +17,7 @@ SHAPES = [(8, 8), (6, 12), (4, 8, 3, 3), (3, 4, 5), (1, 16)]
 def removed(text: str, scores: np.ndarray, sparsity: float, held: np.ndarray | None = None) -> np.ndarray:
     pattern = parse(text)
     units = pattern.units(scores, held)
-    return pattern.entries(uniform([units], sparsity)[0], units.shape)
+    return pattern.entries(uniform([units], sparsity)[0], units)
 
 
 def test_two_of_four_literal():

@@ -17,6 +17,7 @@ PUBLIC = {
     "Evaluation",
     "Inspection",
     "LevelPruner",
+    "Lowered",
     "Masks",
     "PruneError",
     "Pruner",
@@ -27,6 +28,7 @@ PUBLIC = {
     "benchmark",
     "evaluate",
     "inspect",
+    "lower",
     "prune",
 }
 HEAVY = ("torch", "tensorflow", "keras", "tf2onnx", "onnxruntime", "scipy", "sklearn")
@@ -39,6 +41,7 @@ FLOORS = {
     "config": 2,
     "runtime": 3,
     "structure": 4,
+    "lowering": 4,
     "sensitivity": 4,
     "inspection": 4,
     "api": 5,

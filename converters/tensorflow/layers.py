@@ -220,8 +220,9 @@ def _weight(name: str, variable: Any, layer: Any, owners: tuple[str, ...], rule:
     view = partial(_role, operand, ROLES["", rule.op_type][0].view)
     dtype = np.dtype(variable.dtype)
     names = _names(name, variable, layer)
+    groups = int(getattr(layer, "groups", 1)) if rule.op_type == "Conv" else 1
     return parameter(
-        name, tuple(dict.fromkeys(types)), VariableStorage(variable), tuple(variable.shape), dtype, view, names
+        name, tuple(dict.fromkeys(types)), VariableStorage(variable), tuple(variable.shape), dtype, view, names, groups
     )
 
 

@@ -191,7 +191,8 @@ def weight(site: Site, op_types: tuple[str, ...], view: View, parts: Parts) -> W
     """The weight that a parameter is."""
     types, names = labels(site, op_types, parts)
     shape, dtype = tuple(site.value.shape), np.dtype(FLOATS[site.value.dtype])
-    return parameter(site.name, types, site, shape, dtype, view, names)
+    groups = [module.groups for _, module in site.owners if isinstance(module, nn.modules.conv._ConvNd)]
+    return parameter(site.name, types, site, shape, dtype, view, names, groups[0] if groups else 1)
 
 
 def labels(site: Site, op_types: Iterable[str], parts: Parts) -> tuple[tuple[str, ...], frozenset[str]]:

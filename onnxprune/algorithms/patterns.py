@@ -27,12 +27,14 @@ class Units:
         sizes: entries per unit: one number, or an array of the scores' shape.
         held: units removed earlier (same shape), or None.
         shape: the weight's shape in role order.
+        places: (output, input) the unit that each place of the weight belongs to, where its values decide about that.
     """
 
     scores: np.ndarray
     sizes: int | np.ndarray
     held: np.ndarray | None
     shape: Shape
+    places: np.ndarray | None = None
 
     @property
     def entries(self) -> int:
@@ -47,22 +49,25 @@ class Pattern:
     Attributes:
         name: its spelling in a configuration.
         units: (scores, entries removed earlier or None) of a weight in role order to Units.
-        entries: (units removed, shape in role order) to the entries removed.
+        entries: (what is removed of the units, the units) to the entries removed, in role order.
         misfit: the reason why a weight of some shape in role order cannot have the pattern; empty where it can.
         most: the largest sparsity the pattern allows.
         coupled: whether its units reach over several weights, so that the structure of the graph decides about them.
+        fitted: (parts, joint) to the pattern for a weight whose outputs fall into `parts` equal runs that read inputs
+            of their own, or all have to keep the same inputs; None where that makes no difference.
     """
 
     name: str
     units: Callable[[np.ndarray, np.ndarray | None], Units]
-    entries: Callable[[np.ndarray, Shape], np.ndarray]
+    entries: Callable[[np.ndarray, Units], np.ndarray]
     misfit: Callable[[Shape], str]
     most: float = 1.0
     coupled: bool = False
+    fitted: Callable[[int, bool], Pattern] | None = None
 
 
 def parse(text: str) -> Pattern:
-    """The pattern of a configuration's spelling: 'unstructured', 'channel', 'head', 'N:M', 'block:RxC'.
+    """The pattern of a configuration's spelling: 'unstructured', 'channel', 'head', 'grouped', 'N:M', 'block:RxC'.
 
     Raises:
         PruneError: no such pattern.
@@ -77,16 +82,21 @@ def parse(text: str) -> Pattern:
         rows, columns = int(match[1]), int(match[2])
         if rows and columns:
             return block(rows, columns)
+    elif match := re.fullmatch(r"grouped(?::([1-9]\d*))?", text):
+        from onnxprune.algorithms.grouped import grouped  # which is made of what stands here
+
+        return grouped(int(match[1]) if match[1] else None)
     raise PruneError(
         f"pattern '{text}' is not known; expected {', '.join(map(repr, PLAIN))}, 'N:M' with 0 < N < M such as '2:4' "
-        "(N of every M inputs stay), or 'block:RxC' such as 'block:4x1' (R outputs by C inputs)"
+        "(N of every M inputs stay), 'block:RxC' such as 'block:4x1' (R outputs by C inputs), or 'grouped' and "
+        "'grouped:G' (inputs of their own for every G outputs)"
     )
 
 
 UNSTRUCTURED = Pattern(
     "unstructured",
     lambda scores, held: Units(scores, 1, held, scores.shape),
-    lambda removed, shape: removed,
+    lambda removed, units: removed,
     lambda shape: "",
 )
 """Every entry on its own."""
@@ -126,7 +136,7 @@ def n_of_m(n: int, m: int) -> Pattern:
     def misfit(shape: Shape) -> str:
         return "" if shape[1] % m == 0 else f"its {shape[1]} inputs are no multiple of {m}"
 
-    return Pattern(f"{n}:{m}", units, lambda removed, shape: removed, misfit, round(1 - n / m, 12))
+    return Pattern(f"{n}:{m}", units, lambda removed, units: removed, misfit, round(1 - n / m, 12))
 
 
 def block(rows: int, columns: int) -> Pattern:
@@ -153,8 +163,8 @@ def block(rows: int, columns: int) -> Pattern:
         gone = None if held is None else grid(~held).sum((1, 3)) == 0
         return Units(total / sizes, sizes, gone, scores.shape)
 
-    def entries(removed: np.ndarray, shape: Shape) -> np.ndarray:
+    def entries(removed: np.ndarray, units: Units) -> np.ndarray:
         spread = removed.repeat(rows, 0).repeat(columns, 1)
-        return spread[: shape[0], : shape[1]]
+        return spread[: units.shape[0], : units.shape[1]]
 
     return Pattern(f"block:{rows}x{columns}", units, entries, lambda shape: "")

@@ -53,9 +53,9 @@ def decide(
     clock, held, factors = clock or Clock(), held or {}, factors or {}
     masks: dict[str, np.ndarray] = {}
     fitting, skipped = _fitting(config, weights)
-    for entry, pattern, chosen in fitting:
-        kept = _decide_entry(entry, pattern, chosen, clock, held, factors)
-        masks |= {weight.name: keep for weight, keep in zip(chosen, kept, strict=True)}
+    for entry, chosen in fitting:
+        kept = _decide_entry(entry, chosen, clock, held, factors)
+        masks |= {weight.name: keep for (weight, _), keep in zip(chosen, kept, strict=True)}
     return {w.name: masks[w.name] for w in weights if w.name in masks}, skipped
 
 
@@ -101,17 +101,18 @@ def decisions(
     clock, held, factors = clock or Clock(), held or {}, factors or {}
     found: dict[str, Decision] = {}
     fitting, skipped = _fitting(config, weights)
-    for entry, pattern, chosen in fitting:
+    for entry, chosen in fitting:
         share = target(entry, clock)
-        plain = pattern is patterns.UNSTRUCTURED and entry.score == "magnitude" and entry.allocation in COUNTS
-        free = held.keys().isdisjoint(weight.name for weight in chosen)
+        unstructured = all(pattern is patterns.UNSTRUCTURED for _, pattern in chosen)
+        plain = unstructured and entry.score == "magnitude" and entry.allocation in COUNTS
+        free = held.keys().isdisjoint(weight.name for weight, _ in chosen)
         if plain and free and share is not None and chosen and not isinstance(entry, SensitivityEntry):
-            found |= _cut_entry(entry, chosen, share)
+            found |= _cut_entry(entry, [weight for weight, _ in chosen], share)
             continue
         alone = entry.allocation == "uniform" and not isinstance(entry, SensitivityEntry)
-        for part in [[weight] for weight in chosen] if alone else [chosen]:
-            kept = _decide_entry(entry, pattern, part, clock, held, factors)
-            for weight, keep in zip(part, kept, strict=True):
+        for part in [[governed] for governed in chosen] if alone else [chosen]:
+            kept = _decide_entry(entry, part, clock, held, factors)
+            for (weight, _), keep in zip(part, kept, strict=True):
                 found[weight.name] = Decision(weight, bits=np.packbits(keep))
     return {w.name: found[w.name] for w in weights if w.name in found}, skipped
 
@@ -136,9 +137,11 @@ def _cut_entry(entry: Entry, weights: list[Weight], share: float) -> dict[str, D
     return {w.name: Decision(w, cut, v) for w, cut, v in zip(weights, found, values, strict=True)}
 
 
-def _fitting(
-    config: Config, weights: list[Weight]
-) -> tuple[list[tuple[Entry, patterns.Pattern, list[Weight]]], list[Skipped]]:
+Governed = tuple[Weight, patterns.Pattern]
+"""A weight and the pattern that an entry asks of it, made to fit."""
+
+
+def _fitting(config: Config, weights: list[Weight]) -> tuple[list[tuple[Entry, list[Governed]]], list[Skipped]]:
     """The entries whose pattern does not couple weights, each with the weights it governs; and what does not fit."""
     found = []
     skipped: list[Skipped] = []
@@ -149,12 +152,13 @@ def _fitting(
             continue
         fitting = []
         for weight in chosen:
-            reason = pattern.misfit(weight.role_shape)
+            own = pattern if pattern.fitted is None else pattern.fitted(weight.parts, weight.joint)
+            reason = own.misfit(weight.role_shape)
             if reason:
                 skipped.append(Skipped(weight.name, weight.op_type, f"pattern {pattern.name} does not fit: {reason}"))
             else:
-                fitting.append(weight)
-        found.append((entry, pattern, fitting))
+                fitting.append((weight, own))
+        found.append((entry, fitting))
     return found, skipped
 
 
@@ -170,20 +174,19 @@ def target(entry: Entry, clock: Clock) -> float | None:
 
 def _decide_entry(
     entry: Entry,
-    pattern: patterns.Pattern,
-    weights: list[Weight],
+    weights: list[Governed],
     clock: Clock,
     held: Mapping[str, np.ndarray],
     factors: Mapping[str, float],
 ) -> list[np.ndarray]:
-    """The masks of the weights one entry governs."""
+    """The masks of the weights one entry governs, each with its pattern."""
     share = target(entry, clock)
     allocation = ALLOCATIONS[entry.allocation]
     if isinstance(entry, SensitivityEntry) and entry.quality is not None:
         allocation, share = below(entry.quality), 0.0
     units = []
-    earlier = _held(weights, held)
-    for weight in weights:
+    earlier = _held([weight for weight, _ in weights], held)
+    for weight, pattern in weights:
         values = weight.values()
         check_finite(weight, values)
         relative = isinstance(entry, SensitivityEntry)
@@ -194,11 +197,12 @@ def _decide_entry(
     else:
         removed = allocation(units, share) if units else []
 
-    def keep(weight: Weight, unit: patterns.Units, gone: np.ndarray) -> np.ndarray:
-        entries = pattern.entries(gone, unit.shape)
+    def keep(governed: Governed, unit: patterns.Units, gone: np.ndarray) -> np.ndarray:
+        weight, pattern = governed
+        entries = pattern.entries(gone, unit)
         return weight.stored(np.logical_not(entries, out=entries if entries is gone else None))
 
-    return side_by_side(keep, weights, units, removed, size=sum(weight.size for weight in weights))
+    return side_by_side(keep, weights, units, removed, size=sum(weight.size for weight, _ in weights))
 
 
 def _held(weights: Iterable[Weight], held: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

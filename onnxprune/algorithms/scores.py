@@ -43,27 +43,27 @@ ChannelScore = Callable[[np.ndarray], np.ndarray]
 
 def l1(rows: np.ndarray) -> np.ndarray:
     """Mean |w| of a filter (Li et al. 2017, "Pruning filters for efficient ConvNets", section 3.1)."""
-    whole, unit = _whole(np.abs(rows), 52 - rows.shape[1].bit_length())
+    whole, unit = in_units(np.abs(rows), 52 - rows.shape[1].bit_length())
     return _mean(whole.sum(1), rows) * unit
 
 
 def l2(rows: np.ndarray) -> np.ndarray:
     """Root mean square of a filter (He et al. 2018, "Soft filter pruning", section 3)."""
-    whole, unit = _whole(rows, (52 - rows.shape[1].bit_length()) // 2)
+    whole, unit = in_units(rows, (52 - rows.shape[1].bit_length()) // 2)
     root: np.ndarray = np.sqrt(_mean((whole * whole).sum(1), rows)) * unit
     return root
 
 
 def fpgm(rows: np.ndarray) -> np.ndarray:
     """Mean distance to all filters (He et al. 2019, "Filter pruning via geometric median", eq. 8)."""
-    whole, unit = _whole(rows, (50 - rows.shape[1].bit_length()) // 2)
+    whole, unit = in_units(rows, (50 - rows.shape[1].bit_length()) // 2)
     squares = (whole * whole).sum(1)
     distances = np.sqrt(squares[:, None] + squares[None, :] - 2 * whole @ whole.T)
-    steps, step = _whole(distances, 52 - rows.shape[0].bit_length())
+    steps, step = in_units(distances, 52 - rows.shape[0].bit_length())
     return _mean(steps.sum(1), distances) * (step * unit)
 
 
-def _whole(values: np.ndarray, bits: int) -> tuple[np.ndarray, float]:
+def in_units(values: np.ndarray, bits: int) -> tuple[np.ndarray, float]:
     """Values as whole multiples of a unit, of at most so many bits: their sums do not depend on the order."""
     wide = values.astype(np.float64)
     top = float(np.max(np.abs(wide), initial=0.0))

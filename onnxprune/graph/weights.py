@@ -7,6 +7,7 @@ weight however many operators read it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -23,6 +24,7 @@ from onnxprune.graph.scope import Scope
 from onnxprune.graph.trace import Tracer, Untraceable, Use
 
 FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
+RECURRENT = {"LSTM", "GRU", "RNN", "DynamicQuantizeLSTM"}
 INTEGERS = {
     ir.DataType.INT8,
     ir.DataType.UINT8,
@@ -57,6 +59,7 @@ class Weight:
         storage: where the values are.
         uses: the operands it feeds, by the first stored element that each reads.
         leaf: its leaf in the uses' expressions.
+        parts: how many equal runs of its outputs read inputs that are not each other's: the groups of a convolution.
     """
 
     name: str
@@ -67,6 +70,12 @@ class Weight:
     storage: Storage
     uses: tuple[Use, ...]
     leaf: ex.Leaf
+    parts: int = 1
+
+    @property
+    def joint(self) -> bool:
+        """Whether its operator reads one set of inputs for all outputs, and cannot be split."""
+        return self.op_type in RECURRENT
 
     @property
     def op_type(self) -> str:
@@ -215,6 +224,7 @@ def parameter(
     dtype: np.dtype,
     view: Callable[[np.ndarray], np.ndarray],
     names: Iterable[str] = (),
+    parts: int = 1,
 ) -> Weight:
     """A weight that is kept elsewhere than in a graph: a framework's parameter.
 
@@ -226,6 +236,7 @@ def parameter(
         dtype: as stored.
         view: the stored array in role order (output, input, *kernel).
         names: further names an `op_names` pattern may match.
+        parts: runs of its outputs that read inputs of their own.
     """
     tensor = ir.LazyTensor(
         lambda: ir.Tensor(storage.read()), dtype=ir.DataType.from_numpy(dtype), shape=ir.Shape(shape), name=name
@@ -233,7 +244,7 @@ def parameter(
     leaf = ex.Leaf(ir.Value(name=name, const_value=tensor), tensor)
     use = Use(name, op_types[0], 0, leaf, view)
     known = frozenset({name, name.rpartition(".")[0], *names}) - {""}
-    return Weight(name, tuple(op_types), known, tuple(shape), dtype, storage, (use,), leaf)
+    return Weight(name, tuple(op_types), known, tuple(shape), dtype, storage, (use,), leaf, parts)
 
 
 @dataclass(frozen=True)
@@ -387,7 +398,19 @@ def _in_order(weight: Weight) -> Weight:
     if len(uses) > 1:
         uses = tuple(sorted(uses, key=lambda use: (use.op_type == "Gather", *weight.extent(use))))
     types = dict.fromkeys("Embedding" if use.op_type == "Gather" else use.op_type for use in uses)
-    return replace(weight, op_types=tuple(types), uses=uses)
+    weight = replace(weight, op_types=tuple(types), uses=uses)
+    return replace(weight, parts=_parts(uses[0], weight.role_shape[0]))
+
+
+def _parts(use: Use, outputs: int) -> int:
+    """How many equal runs of outputs read inputs of their own: groups of a convolution, matrices of a batch."""
+    parts = 1
+    if "Conv" in use.op_type and use.site is not None:
+        parts = int(use.scope.attributes(use.site).get("group", 1))
+    elif "MatMul" in use.op_type:
+        shape = ex.push(use.expression, lambda leaf: np.broadcast_to(np.bool_(False), leaf.shape)).shape
+        parts = math.prod(shape[:-2])
+    return parts if parts and outputs % parts == 0 else 1
 
 
 def _unsupported(leaf: ex.Leaf) -> str:

@@ -1,0 +1,186 @@
+"""A model with zeros in groups made smaller and faster: every layer that gains is written in its fastest form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx
+from onnx import numpy_helper
+
+from onnxprune.errors import PruneError
+from onnxprune.graph.model import Model, open_proto
+from onnxprune.graph.weights import Skipped
+from onnxprune.lowering.forms import Piece, candidates
+from onnxprune.lowering.latency import DENSE, Latencies
+from onnxprune.lowering.layers import Layer, layers
+from onnxprune.structure import facts as known
+from onnxprune.structure import verify
+from onnxprune.structure.prepare import prepare, skeleton
+from onnxprune.structure.rules import SHAPES
+from onnxprune.structure.sizes import Sizes, choose
+
+GAIN = 0.97
+"""A form is used where it takes at most this share of the dense layer's time."""
+
+
+@dataclass(frozen=True)
+class LoweredRow:
+    """One layer that was lowered.
+
+    Attributes:
+        name: of its weight.
+        op_type: of its node.
+        groups: of outputs.
+        kept: inputs of each group.
+        inputs: that each output had.
+        form: what it was written as.
+        dense: milliseconds of the layer before, on its own.
+        lowered: and after.
+        source: where these are from: 'measured', 'table' or 'estimated' (then they only compare).
+    """
+
+    name: str
+    op_type: str
+    groups: int
+    kept: int
+    inputs: int
+    form: str
+    dense: float
+    lowered: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """What lowering did.
+
+    Attributes:
+        rows: one per layer lowered.
+        dense: layers with zeros that stay as they are, with reasons.
+        difference: of the lowered model from the masked one, as a share of the outputs' scale; None where not checked.
+    """
+
+    rows: tuple[LoweredRow, ...]
+    dense: tuple[Skipped, ...]
+    difference: float | None = None
+
+
+def lowered(
+    model: Model,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    latencies: Latencies | None = None,
+    check: bool = True,
+) -> tuple[Model, Lowering]:
+    """Write each layer whose zeros are in groups in its fastest form.
+
+    Args:
+        model: with zeros; it is not changed.
+        shapes: sizes of inputs with open dims: what layers are timed at.
+        latencies: where times come from; measured here unless given.
+        check: hold the result against the model given, in onnxruntime.
+
+    Returns:
+        A new model, or the one given where no layer gains; and what was done.
+
+    Raises:
+        PruneError: the shapes do not fit, or the outputs differ by more than rounding does.
+    """
+    latencies = latencies or Latencies()
+    ready = prepare(model)
+    sizes = choose(ready, shapes)
+    found, skipped = layers(ready, *_facts(ready, sizes))
+    rows: list[LoweredRow] = []
+    pieces: dict[str, Piece] = {}
+    for layer in found:
+        times, source = latencies.of(layer)
+        form = min((name for name in times if name != DENSE), key=times.__getitem__)
+        if times[form] > GAIN * times[DENSE]:
+            slower = f"lowered it takes {times[form] / times[DENSE]:.2f} times as long ({source})"
+            skipped.append(Skipped(layer.name, layer.node.op_type, slower))
+            continue
+        pieces[layer.node.output[0]] = candidates(layer)[form](layer)
+        rows.append(_row(layer, form, times, source))
+    latencies.save()
+    if not pieces:
+        return model, Lowering((), tuple(skipped))
+    result = _replaced(ready, pieces)
+    difference = _check(ready, result, sizes) if check else None
+    return result, Lowering(tuple(rows), tuple(skipped), difference)
+
+
+def _facts(ready: Model, sizes: tuple[Sizes, Sizes]) -> tuple[known.Facts, known.Facts]:
+    bare = skeleton(ready)
+    return known.gather(bare, sizes[0], SHAPES), known.gather(bare, sizes[1], SHAPES, more=1)
+
+
+def _row(layer: Layer, form: str, times: Mapping[str, float], source: str) -> LoweredRow:
+    cover = layer.cover
+    return LoweredRow(
+        layer.name,
+        layer.node.op_type,
+        cover.groups,
+        cover.kept,
+        layer.weight.shape[1],
+        form,
+        times[DENSE],
+        times[form],
+        source,
+    )
+
+
+def _replaced(ready: Model, pieces: Mapping[str, Piece]) -> Model:
+    """The model with nodes replaced; what nobody reads any more is left out."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(ready.proto)
+    graph = proto.graph
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        piece = pieces.get(node.output[0]) if node.output else None
+        nodes.extend([node] if piece is None else piece.nodes)
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
+    for piece in pieces.values():
+        graph.initializer.extend(numpy_helper.from_array(values, name) for name, values in piece.tensors.items())
+    _drop_unread(graph)
+    return open_proto(proto, ready.folder, ready.path)
+
+
+def _drop_unread(graph: onnx.GraphProto) -> None:
+    """Remove nodes and initializers of which nothing is read."""
+    wanted = {value.name for value in graph.output}
+    kept = []
+    for node in reversed(graph.node):
+        if wanted & set(node.output):
+            wanted.update(name for name in node.input if name)
+            wanted.update(_captured(node))
+            kept.append(node)
+    if len(kept) < len(graph.node):
+        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in reversed(kept)]
+        del graph.node[:]
+        graph.node.extend(copies)
+    for index in reversed(range(len(graph.initializer))):
+        if graph.initializer[index].name not in wanted:
+            del graph.initializer[index]
+
+
+def _captured(node: onnx.NodeProto) -> set[str]:
+    """What the sub-graphs of a node read, from wherever."""
+    names: set[str] = set()
+    for _, body in known.bodies(node):
+        names.update(value.name for value in body.output)
+        for inner in body.node:
+            names.update(inner.input)
+            names |= _captured(inner)
+    return names
+
+
+def _check(masked: Model, result: Model, sizes: tuple[Sizes, Sizes]) -> float:
+    worst = verify.difference(masked, result, *sizes)
+    if worst > verify.TOLERANCE and worst > (allowed := verify.tolerance(masked, sizes[0])):
+        raise PruneError(
+            f"the lowered model differs from the masked one by {worst:.2g} of its outputs' scale, more than "
+            f"{allowed:.1g}: nothing is written. Keep the masked model (--keep-shape), and report it"
+        )
+    return worst

@@ -1,0 +1,164 @@
+"""Lowered equals masked under onnxruntime, in every form, for every operator; and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from nets import parse
+
+import onnxprune
+from onnxprune.errors import PruneError
+from onnxprune.graph.model import load
+from onnxprune.lowering import forms
+from onnxprune.lowering.latency import DENSE
+from onnxprune.lowering.lower import lowered
+from onnxprune.structure import verify
+
+F32 = np.float32
+
+
+class Always:
+    """Times that make one form, or the first that a layer has, the fastest."""
+
+    def __init__(self, form: str = "") -> None:
+        self.form = form
+
+    def of(self, layer):
+        names = list(forms.candidates(layer))
+        chosen = self.form if self.form in names else names[0]
+        return {DENSE: 1.0, chosen: 0.5}, "measured"
+
+    def save(self):
+        pass
+
+
+def conv(attributes: str, kernel: tuple[int, ...], size: str, group: int = 1, bias: bool = True, batch: str = "2"):
+    """A convolution of 32 channels to 48, by its attributes."""
+    rng = np.random.default_rng(1)
+    arrays = {"w": rng.normal(size=(48, 32 // group, *kernel)).astype(F32)}
+    if bias:
+        arrays["b"] = rng.normal(size=48).astype(F32)
+    given = "x, w, b" if bias else "x, w"
+    return parse(
+        f"(float[{batch}, 32, {size}] x) => (float[] y) {{ y = Conv <{attributes}, group = {group}> ({given}) }}",
+        **arrays,
+    )
+
+
+def transposed(attributes: str, kernel: tuple[int, ...], size: str, group: int = 1):
+    rng = np.random.default_rng(1)
+    w = rng.normal(size=(32, 48 // group, *kernel)).astype(F32)
+    text = f"(float[2, 32, {size}] x) => (float[] y) {{ y = ConvTranspose <{attributes}, group = {group}> (x, w, b) }}"
+    return parse(text, w=w, b=rng.normal(size=48).astype(F32))
+
+
+def gemm(transposed_: int, bias: bool = True):
+    rng = np.random.default_rng(1)
+    w = rng.normal(size=(48, 32) if transposed_ else (32, 48)).astype(F32)
+    arrays = {"w": w, "b": rng.normal(size=48).astype(F32)} if bias else {"w": w}
+    given = "x, w, b" if bias else "x, w"
+    return parse(f"(float[N, 32] x) => (float[] y) {{ y = Gemm <transB = {transposed_}> ({given}) }}", **arrays)
+
+
+def matmul(shape: str):
+    w = np.random.default_rng(1).normal(size=(32, 48)).astype(F32)
+    return parse(f"(float[{shape}, 32] x) => (float[] y) {{ y = MatMul (x, w) }}", w=w)
+
+
+NETS = {
+    "conv": conv("pads = [1, 1, 1, 1]", (3, 3), "7, 9"),
+    "conv without bias": conv("pads = [1, 1, 1, 1]", (3, 3), "7, 9", bias=False),
+    "conv 1x1": conv("strides = [2, 2]", (1, 1), "7, 9"),
+    "conv stride dilation": conv("strides = [2, 1], dilations = [1, 2]", (3, 3), "9, 11"),
+    "conv auto_pad": conv('auto_pad = "SAME_UPPER", strides = [2, 2]', (3, 3), "9, 11"),
+    "conv of 2 groups": conv("pads = [1, 1, 1, 1]", (3, 3), "7, 9", group=2),
+    "conv 1-d": conv("pads = [1, 1]", (3,), "11"),
+    "conv 3-d": conv("pads = [1, 1, 1, 1, 1, 1]", (3, 3, 3), "4, 5, 6"),
+    "conv of an open batch": conv("pads = [1, 1, 1, 1]", (3, 3), "H, W", batch="N"),
+    "transposed": transposed("strides = [2, 2], output_padding = [1, 0]", (3, 3), "5, 6"),
+    "transposed of 2 groups": transposed("pads = [1, 1, 0, 0]", (2, 2), "5, 6", group=2),
+    "transposed 1-d": transposed("strides = [2]", (4,), "9"),
+    "gemm": gemm(0),
+    "gemm transB": gemm(1),
+    "gemm without bias": gemm(1, bias=False),
+    "matmul of rank 2": matmul("5"),
+    "matmul of rank 3": matmul("1, 5"),
+    "matmul of open sizes": matmul("N, S"),
+    "matmul of a batch": matmul("3, 5"),
+    "matmul of rank 4": matmul("2, N, 5"),
+}
+
+
+def masked(proto: onnx.ModelProto, pattern: str = "grouped:8", sparsity: float = 0.5):
+    entry = {"sparsity": sparsity, "op_types": "default", "pattern": pattern}
+    return onnxprune.prune(proto, [entry], keep_shape=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [(name, form) for name, net in NETS.items() for form in forms.FORMS[net.graph.node[0].op_type]]
+)
+def test_lowered_equals_masked(name, form):
+    result = masked(NETS[name])
+    assert result.sparsity == 0.5
+    model, report = lowered(result.model, latencies=Always(form))
+    assert [row.kept for row in report.rows] == [16 // (2 if "of 2 groups" in name else 1)]
+    assert report.rows[0].form in (form, "grouped")
+    assert report.difference is not None
+    assert report.difference < 1e-5
+    if form not in {"padded", "pointwise"}:  # these fill up blocks
+        stored = sum(np.prod(t.dims) for t in model.proto.graph.initializer if t.data_type == 1 and len(t.dims) > 1)
+        assert stored == np.prod(result.model.proto.graph.initializer[0].dims) / 2
+
+
+@pytest.mark.parametrize("opset", [11, 13, 17, 21])
+@pytest.mark.parametrize("name", ["conv", "transposed", "gemm transB", "matmul of rank 3", "matmul of a batch"])
+def test_operator_sets(name, opset):
+    proto = onnx.ModelProto.FromString(NETS[name].SerializeToString())
+    proto.opset_import[0].version = opset
+    model, report = lowered(masked(proto).model, latencies=Always())
+    assert report.rows
+    assert report.difference is not None
+    assert report.difference < 1e-5
+    assert model.proto.opset_import[0].version == opset
+
+
+@pytest.mark.parametrize("tag", ["inputs", "weight", "bias", "order"])
+def test_a_wrong_tensor_is_caught(tag, monkeypatch):
+    def roll(piece):
+        name = next(n for n in piece.tensors if f"/{tag}_" in n)
+        piece.tensors[name] = np.roll(piece.tensors[name], 1, axis=0)
+
+    def wrong(layer):
+        piece = forms.grouped(layer)
+        roll(piece)
+        return piece
+
+    monkeypatch.setitem(forms.FORMS, "Conv", {"grouped": wrong})
+    with pytest.raises(PruneError, match="differs from the masked one"):
+        lowered(masked(NETS["conv"]).model, latencies=Always())
+
+
+def test_nothing_gains_and_the_model_is_left_as_it_is():
+    class Never(Always):
+        def of(self, layer):
+            return {DENSE: 1.0, "grouped": 1.0}, "measured"
+
+    source = masked(NETS["conv"]).model
+    model, report = lowered(source, latencies=Never())
+    assert model is source
+    assert report.rows == ()
+    assert [s.reason for s in report.dense] == ["lowered it takes 1.00 times as long (measured)"]
+
+
+def test_dense_models_have_nothing_to_lower():
+    source = load(NETS["conv"])
+    model, report = lowered(source, latencies=Always())
+    assert model is source
+    assert report.rows == report.dense == ()
+
+
+def test_verification_can_be_left_out():
+    _, report = lowered(masked(NETS["conv"]).model, latencies=Always(), check=False)
+    assert report.difference is None
+    assert verify.TOLERANCE == 1e-4
