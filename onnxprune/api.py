@@ -307,6 +307,13 @@ def run(
         plan = _plan(model, shapes, config.inexact)
         model = plan.coupling.model
     weights, untouched = find(model) if plan is None else (list(plan.coupling.weights), list(plan.coupling.skipped))
+    if not weights and untouched:
+        first, more = untouched[0], len(untouched) - 1
+        raise PruneError(
+            "the model has no weights that can be pruned: "
+            f"'{first.name}' ({first.op_type}) is left alone: {first.reason}"
+            + (f"; and so are {more} more" * (more > 0))
+        )
     trial = None if data is None else _Trial.of(source, data, metric, threads)
     factors = None
     if trial is not None and config.pruner == "sensitivity":

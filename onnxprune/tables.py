@@ -129,6 +129,7 @@ def explained(explanation: Explanation) -> Iterator[RenderableType]:
             span = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,}-{sizes[-1]:,}"
             pinned.add_row(_several([f"{item.name} ({item.op_type})" for item in items]), span, _name(reason))
         yield pinned
+    yield from left_alone(explanation.skipped)
 
 
 def compared(

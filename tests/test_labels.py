@@ -148,5 +148,5 @@ def test_what_repeats_along_a_factor_is_not_cut_there():
 
 def test_axes_of_different_length_cannot_be_tied():
     labels = Labels()
-    with pytest.raises(ValueError, match="3 and 4 positions"):
+    with pytest.raises(ValueError, match="lengths 3 and 4 meet"):
         labels.tie(labels.fresh(3), labels.fresh(4))

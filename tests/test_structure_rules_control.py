@@ -58,7 +58,9 @@ NETS = [
         }""",
         {"w1": (3, 8), "w2": (8, 2), "rows": ints(0)},
         (),
-        {"w1": "branches of If 'z' differ in shape", "w2": "branches of If 'z' differ in shape"},
+        dict.fromkeys(
+            ("w1", "w2"), "If 'z' returns a value of shape [1, 8] or [2, 8], depending on the branch it takes"
+        ),
     ),
     Net(
         "a loop over a state",
@@ -81,6 +83,33 @@ NETS = [
         {"w1": (3, 8), "w2": (8, 6), "w3": (8, 2), "w4": (6, 8), **SCALAR},
         ("w1 8", "w2 6"),
         {"w3": "graph output 'y'"},
+    ),
+    Net(
+        "weights handed on from step to step",
+        """(float[N,3] x) => (float[N,2] y) {
+            h = Gemm(x, w1, b1)
+            z, wo, bo = Loop (three, yes, h, w2, b2) <body = g1 (int64 i, bool c, float[P,8] s, float[8,8] w, float[8] b)
+                => (bool d, float[P,8] t, float[8,8] v, float[8] e)
+                { d = Identity(c) k = MatMul(s, w) a = Add(k, b) t = Tanh(a) u = Identity(w) v = Identity(u)
+                  e = Identity(b) }>
+            y = MatMul(z, w3)
+        }""",
+        {"w1": (3, 8), "b1": (8,), "w2": (8, 8), "b2": (8,), "w3": (8, 2), **SCALAR},
+        ("w1 8",),
+        {"w3": "graph output 'y'"},
+    ),
+    Net(
+        "weights that change from step to step",
+        """(float[N,3] x) => (float[N,2] y) {
+            h = Gemm(x, w1)
+            z, wo = Loop (three, yes, h, w2) <body = g1 (int64 i, bool c, float[P,8] s, float[8,8] w)
+                => (bool d, float[P,8] t, float[8,8] v)
+                { d = Identity(c) k = MatMul(s, w) t = Tanh(k) v = Cos(w) }>
+            y = MatMul(z, w3)
+        }""",
+        {"w1": (3, 8), "w2": (8, 8), "w3": (8, 2), **SCALAR},
+        (),
+        {"w1": "sums over it, and what is pruned is not 0 there", "w3": "graph output 'y'"},
     ),
     Net(
         "a loop that stops by itself and stacks",

@@ -311,6 +311,27 @@ ATTENTION = [
         last=12,
     ),
     between(
+        "attention with heads and batch in one axis, by computed sizes",
+        f"{HEADS} q4 = Reshape(q, s) k4 = Reshape(k, s) v4 = Reshape(v, s) qt = Transpose<perm = [0, 2, 1, 3]>(q4)"
+        " kt = Transpose<perm = [0, 2, 1, 3]>(k4) vt = Transpose<perm = [0, 2, 1, 3]>(v4) sh = Shape(qt)"
+        " bh = Gather(sh, i01) n = ReduceProd<keepdims = 1>(bh) e = Gather(sh, i3) t3 = Concat<axis = 0>(n, rest, e)"
+        " q3 = Reshape(qt, t3) k3 = Reshape(kt, t3) v3 = Reshape(vt, t3) ks = Transpose<perm = [0, 2, 1]>(k3)"
+        " a = MatMul(q3, ks) p = Softmax(a) o3 = MatMul(p, v3) t4 = Concat<axis = 0>(bh, rest, e)"
+        " o = Reshape(o3, t4) ot = Transpose<perm = [0, 2, 1, 3]>(o) z = Reshape(ot, s2)",
+        {
+            "wq": (8, 12),
+            "wk": (8, 12),
+            "wv": (8, 12),
+            "s": ints(0, 0, 4, 3),
+            "s2": ints(0, 0, 12),
+            "i01": ints(0, 1),
+            "i3": ints(3),
+            "rest": ints(-1),
+        },
+        ("w1 8", "wq 4x3 heads"),
+        last=12,
+    ),
+    between(
         "attention of 3 axes",
         f"{HEADS} z = Attention<q_num_heads = 4, kv_num_heads = 4, is_causal = 1>(q, k, v)",
         {"wq": (8, 12), "wk": (8, 12), "wv": (8, 8)},
@@ -332,7 +353,7 @@ ATTENTION = [
         f"{HEADS} z = Attention<q_num_heads = 6, kv_num_heads = 1>(q, k, v)",
         {"wq": (8, 18), "wk": (8, 3), "wv": (8, 4)},
         ("w1 8", "wq 6x3 heads"),
-        {"wk": "takes products", "wv": "is cut along its axis of 6"},
+        {"wk": "takes products", "wv": "holds 6 heads of 4 positions, which go as a whole"},
         last=24,
         opset=23,
     ),

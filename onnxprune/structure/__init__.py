@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from onnxprune.graph.model import ModelSource, load
+from onnxprune.graph.weights import Skipped
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,11 @@ class PinnedInfo:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The groups of a model, and the weights whose outputs are pinned."""
+    """The groups of a model, the weights whose outputs are pinned, and what is no weight that can be pruned."""
 
     groups: tuple[GroupInfo, ...]
     pinned: tuple[PinnedInfo, ...]
+    skipped: tuple[Skipped, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -71,4 +73,5 @@ def explain(model: ModelSource, shapes: Mapping[str, Sequence[int]] | None = Non
         GroupInfo(g.name, g.size, g.width, g.heads, tuple(MemberInfo(m.name, m.axis, m.role) for m in g.members))
         for g in coupling.groups
     )
-    return Explanation(groups, tuple(PinnedInfo(p.name, p.op_type, p.size, p.reason) for p in coupling.pinned))
+    pinned = tuple(PinnedInfo(p.name, p.op_type, p.size, p.reason) for p in coupling.pinned)
+    return Explanation(groups, pinned, coupling.skipped)

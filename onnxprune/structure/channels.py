@@ -166,7 +166,7 @@ def rounded(group: Group, removed: np.ndarray, score: np.ndarray, align: int, he
     least = max(1, math.ceil(LEAST * group.size))
     wanted = max(group.size - int(removed.sum()), least)
     if wanted < group.size:
-        step = align
+        step = align if group.width > 1 or not group.heads else 1  # the head's positions lie along another axis
         while step > 1:
             count = wanted * group.width // step * step // group.width
             if count * group.width % step == 0 and count >= least:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import onnx
 
-from onnxprune.structure.facts import bodies
+from onnxprune.structure.facts import apart, bodies
 from onnxprune.structure.site import Site
 
 if TYPE_CHECKING:
@@ -107,10 +107,14 @@ def _repeat(flow: Flow, site: Site, loop: _Parts) -> None:
     for value in loop.body.input:
         if value.name in loop.plain:
             flow.fix(value.name, f"{site.what} counts by it")
-    for given, formal, _, _ in loop.states:
+    for given, formal, end, _ in loop.states:
         axes = flow.axes[given] or ()
         flow.axes[formal] = axes
         flow.nulls[formal] = tuple(flow.labels.is_fixed(axis) for axis in axes)
+        if _same(loop.body, end) == formal:  # a weight that is handed on from step to step
+            flow.nulls[formal] = flow.nulls[given]
+            if given in flow.leaves:
+                flow.leaves[formal] = flow.leaves[given]
     for given, formal, along in loop.scanned:
         axes = flow.axes[given] or ()
         if not axes:
@@ -132,14 +136,22 @@ def _repeat(flow: Flow, site: Site, loop: _Parts) -> None:
             _stack(flow, site, result, end, along)
 
 
+def _same(body: onnx.GraphProto, name: str) -> str:
+    """The value that a value is, before Identity nodes."""
+    source = {node.output[0]: node.input[0] for node in body.node if node.op_type == "Identity"}
+    while name in source:
+        name = source[name]
+    return name
+
+
 def _join(flow: Flow, site: Site, name: str, ends: Sequence[str]) -> None:
     """A result that is one of several values."""
     found = [flow.axes.get(end) for end in ends]
     first = found[0]
-    shapes = {None if axes is None else tuple(axis.size for axis in axes) for axes in found}
+    shapes = [None if axes is None else tuple(axis.size for axis in axes) for axes in found]
     known = not name or name not in flow.facts.unknown
-    if first is None or len(shapes) > 1 or not known:
-        reason = flow.facts.unknown.get(name) or f"{site.what} returns values of different shapes"
+    if first is None or len(set(shapes)) > 1 or not known:
+        reason = apart(site.node, shapes) or flow.facts.unknown.get(name) or f"{site.what} returns what is not known"
         for axes in found:
             for axis in axes or ():
                 flow.labels.pin(axis, reason)
@@ -162,7 +174,7 @@ def _stack(flow: Flow, site: Site, name: str, end: str, along: int) -> None:
     """A result with what every step returned, along a new axis."""
     axes, shape = flow.axes.get(end), flow.facts.shapes.get(name)
     if axes is None or shape is None or len(shape) != len(axes) + 1:
-        reason = flow.facts.unknown.get(name) or f"{site.what} returns values of different shapes"
+        reason = flow.facts.unknown.get(name) or f"{site.what} stacks values of unknown shape"
         for axis in axes or ():
             flow.labels.pin(axis, reason)
         flow.fix(name, reason)

@@ -234,13 +234,13 @@ def _pinned(flow: Flow, solution: Solution, weights: Sequence[Weight]) -> tuple[
     for weight in weights:
         axes = flow.axes.get(weight.name) or ()
         outputs = [axes[axis] for axis, role in _axis_roles(weight).items() if role == "output" and axis < len(axes)]
-        if not outputs:
-            continue
-        root = solution.root[max(outputs, key=len)]  # a recurrent weight's directions count as outputs, too
-        held = solution.pinned[root]
-        if held.any():
-            reason = solution.reasons.get(int(root[held][0]), "")
-            found.append(Pinned(weight.name, weight.op_type, int(held.sum()), reason))
+        held = [(axis.size, root, solution.pinned[root]) for axis in outputs for root in [solution.root[axis]]]
+        if not held or any(size > 1 and not pinned.any() for size, _, pinned in held):
+            continue  # nothing, or heads that go whole, though what lies inside of them stays
+        _, root, pinned = max(held, key=lambda line: line[0])  # a recurrent weight's directions count, too
+        if pinned.any():
+            reason = solution.reasons.get(int(root[pinned][0]), "")
+            found.append(Pinned(weight.name, weight.op_type, int(pinned.sum()), reason))
     return tuple(found)
 
 

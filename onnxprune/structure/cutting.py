@@ -52,7 +52,8 @@ def cut(proto: onnx.ModelProto, flow: Flow, solution: Solution, dead: np.ndarray
     """
     places = {id(node): place for place, node in enumerate(nodes(flow.source))}
     copies = list(nodes(proto.graph))
-    work = Cut(solution, dead, {name for node in copies for name in node.output} | set(flow.axes))
+    taken = {name for node in copies for name in node.output} | set(flow.axes)
+    work = Cut(solution, dead, taken, {name: site for site in flow.sites for name in site.node.output if name})
     inserted: dict[int, list[onnx.NodeProto]] = {}
     for site in flow.sites:
         rule = RULES.get((site.domain, site.node.op_type))

@@ -148,25 +148,11 @@ class _Walk:
 
     def _compute(self, node: onnx.NodeProto) -> bool:
         """Whether a node of small settled inputs could be computed."""
-        from onnx.reference import ReferenceEvaluator
-
         given = {name: self.facts.contents[name] for name in node.input if name}
-        try:
-            graph = helper.make_graph(
-                [node],
-                "settled",
-                [onnx.ValueInfoProto(name=name) for name in given],
-                [onnx.ValueInfoProto(name=name) for name in node.output if name],
-            )
-            made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opsets.get("", 1))])
-            values = ReferenceEvaluator(made).run(None, given)
-        except Exception:  # an operator it lacks, or a graph no runtime accepts
-            return False
-        if any(not isinstance(v, (np.ndarray, np.generic)) or np.asarray(v).size > SMALL for v in values):
-            return False
-        for name, value in zip((n for n in node.output if n), values, strict=True):
-            self._known(name, np.asarray(value))
-        return True
+        values = compute(node, given, self.opsets.get("", 1))
+        for name, value in zip((n for n in node.output if n), values or (), strict=False):
+            self._known(name, value)
+        return values is not None
 
     def _inferred(self, node: onnx.NodeProto) -> list[Shape | None]:
         facts = self.facts
@@ -207,7 +193,7 @@ class _Walk:
                 branches = [body for name, body in bodies(node) if name == wanted]
             for index, name in enumerate(node.output):
                 ends = [body.output[index].name for body in branches]
-                self._same(name, ends, f"the branches of {describe(node)} differ in shape")
+                self._same(name, ends, apart(node, [self.facts.shapes.get(end) for end in ends]))
             return
         body = dict(bodies(node))["body"]
         if node.op_type == "Loop":
@@ -279,6 +265,34 @@ class _Walk:
         contents = [self.facts.contents.get(end) for end in ends]
         if contents[0] is not None and all(c is not None and np.array_equal(c, contents[0]) for c in contents):
             self.facts.contents[name] = contents[0]
+
+
+def apart(node: onnx.NodeProto, shapes: Sequence[Shape | None]) -> str:
+    """Why results of the branches of an If cannot be one; empty where they are alike as far as is known."""
+    known = [str(list(shape)) for shape in dict.fromkeys(shapes) if shape is not None]
+    if len(known) < 2:
+        return ""
+    return f"{describe(node)} returns a value of shape {' or '.join(known)}, depending on the branch it takes"
+
+
+def compute(node: onnx.NodeProto, given: Mapping[str, np.ndarray], version: int) -> list[np.ndarray] | None:
+    """The results of one node of ai.onnx on small arrays; None where they are not small, or cannot be computed."""
+    from onnx.reference import ReferenceEvaluator
+
+    try:
+        graph = helper.make_graph(
+            [node],
+            "settled",
+            [onnx.ValueInfoProto(name=name) for name in given],
+            [onnx.ValueInfoProto(name=name) for name in node.output if name],
+        )
+        made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", version)])
+        values = ReferenceEvaluator(made).run(None, dict(given))
+    except Exception:  # an operator it lacks, or a graph no runtime accepts
+        return None
+    if any(not isinstance(v, (np.ndarray, np.generic)) or np.asarray(v).size > SMALL for v in values):
+        return None
+    return [np.asarray(value) for value in values]
 
 
 def describe(node: onnx.NodeProto) -> str:

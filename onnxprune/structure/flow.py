@@ -10,7 +10,7 @@ from onnx import TensorProto
 
 from onnxprune.structure.control import CONTROLS, control
 from onnxprune.structure.facts import STANDARD_DOMAINS, Facts, describe
-from onnxprune.structure.labels import Axes, Labels
+from onnxprune.structure.labels import Axes, Labels, Misfit
 from onnxprune.structure.rules import RULES
 from onnxprune.structure.site import NoRule, Nulls, Site
 
@@ -103,11 +103,7 @@ class Flow:
                 if name and shape is not None and shape != tuple(axis.size for axis in axes):
                     raise NoRule(f"{site.what} does not give the shape {list(shape)} that its rule expects")
         except (NoRule, ValueError, IndexError, KeyError, TypeError, ZeroDivisionError) as error:
-            reason = (
-                str(error)
-                if isinstance(error, NoRule)
-                else f"{site.what} is not as its operator describes it: {error!r}"
-            )
+            reason = _why(site, error)
             for axes_ in site.inputs:
                 for axis in axes_ or ():
                     self.labels.pin(axis, reason)
@@ -148,6 +144,15 @@ class Flow:
         leaves = frozenset().union(*(found for i, found in read.items() if i == 0 or not first))
         for name in node.output:
             self.leaves[name] = leaves
+
+
+def _why(site: Site, error: Exception) -> str:
+    """Why a rule cannot be applied, for a user."""
+    if isinstance(error, NoRule):
+        return str(error)
+    if isinstance(error, Misfit):  # in a branch that is for other inputs, for instance
+        return f"{site.what} does not run with these sizes of the inputs: {error}"
+    return f"{site.what} is not as its operator describes it: {error!r}"
 
 
 def walk(

@@ -21,6 +21,10 @@ Axis = np.ndarray
 Axes = tuple[Axis, ...]
 
 
+class Misfit(ValueError):  # noqa: N818  (a finding, not an error)
+    """Axes that should be alike have different sizes."""
+
+
 @dataclass(frozen=True, eq=False)
 class Product:
     """An axis that is several: `cells[i, j, ...]` lives where `factors[0][i]`, `factors[1][j]`, ... all live."""
@@ -64,9 +68,13 @@ class Labels:
         return self._fixed[int(axis[0])]
 
     def tie(self, left: Axis, right: Axis) -> None:
-        """Position by position the same life."""
+        """Position by position the same life.
+
+        Raises:
+            Misfit: they are of different sizes.
+        """
         if left.shape != right.shape:
-            raise ValueError(f"axes of {left.size} and {right.size} positions cannot be tied")
+            raise Misfit(f"lengths {left.size} and {right.size} meet")
         if not np.array_equal(left, right):
             self._ties.append((left, right))
 
@@ -94,8 +102,8 @@ class Labels:
                 return loose[0]
             for axis in loose:
                 self.pin(axis, f"{what} merges it with other axes")
-            known = next((axis for axis in factors if self.is_fixed(axis)), None)
-            reason = f"{what} merges axes" if known is None else self.reason(known)
+            known = [axis for axis in sorted(factors, key=lambda axis: axis.size == 1) if self.is_fixed(axis)]
+            reason = self.reason(known[0]) if known else f"{what} merges axes that stay"
             return self.fixed(math.prod(sizes), reason)
         if len(open_) == 1:
             shape = [size if i == open_[0] else 1 for i, size in enumerate(sizes)]
@@ -112,7 +120,9 @@ class Labels:
             reason = f"{what} adds an axis of one position"
             longest = max(range(len(sizes)), key=lambda i: sizes[i])
             return tuple(axis if i == longest else self.fixed(1, reason) for i in range(len(sizes)))
-        factors = tuple(self.fresh(size) if size != 1 else self.fixed(1, f"{what} adds it") for size in sizes)
+        factors = tuple(
+            self.fresh(size) if size != 1 else self.fixed(1, f"{what} adds an axis of one position") for size in sizes
+        )
         self._products.append(Product(axis.reshape(tuple(sizes)), factors, what))
         return factors
 
@@ -218,13 +228,13 @@ class _Solver:
                 if held.any():
                     place = np.argwhere(np.moveaxis(stays, k, 0)[held])[0]
                     cell = np.moveaxis(cells, k, 0)[held][tuple(place)]
-                    self.pins.append((factor[held], self.reasons.get(int(cell), product.what)))
+                    self.pins.append((factor[held], self.reasons.get(int(cell)) or f"{product.what} needs it"))
                 if (cells == cells.take([0], k)).all():  # one position gone would take all with it
-                    self.pins.append((factor, f"{product.what} repeats what lies along it"))
+                    self.pins.append((factor, self._instead(product, k)))
                 elif not held.all():
                     found.append(k)
             elif factor.size == 1 and not self.pinned[root].all():
-                self.pins.append((factor, f"{product.what} has it as its only position"))
+                self.pins.append((factor, f"{product.what} has an axis with this position only"))
         return found
 
     def _settle(self, product: Product) -> bool:
@@ -236,7 +246,8 @@ class _Solver:
         if len(open_) > 1:
             return False
         if not open_:
-            reason = next((r for r in map(self._why, product.factors) if r), product.what)
+            longer = sorted(product.factors, key=lambda axis: axis.size == 1)
+            reason = next((r for r in map(self._why, longer) if r), f"{product.what} joins axes that stay")
             self.pins.append((product.cells.reshape(-1), reason))
         else:
             k = open_[0]
@@ -261,8 +272,23 @@ class _Solver:
             chosen = max(ranks, key=lambda k: ranks[k])
             for k in ranks:
                 if k != chosen:
-                    reason = f"{product.what} is cut along its axis of {product.factors[chosen].size} positions"
-                    self.pins.append((product.factors[k], reason))
+                    self.pins.append((product.factors[k], self._whole(product, chosen)))
+
+    def _instead(self, product: Product, k: int) -> str:
+        """Why a factor stays whose positions would each take all of a product with them."""
+        others = [i for i in self._quiet(product) if i != k]
+        if not others:
+            return f"{product.what} repeats what lies along an axis of {product.factors[k].size} positions"
+        heads = [i for i in others if self.heads[self.root[product.factors[i]]].any()]
+        return self._whole(product, max(heads or others, key=lambda i: product.factors[i].size))
+
+    def _whole(self, product: Product, chosen: int) -> str:
+        """Why all factors but one stay."""
+        count = product.factors[chosen].size
+        each = product.cells.size // count
+        if self.heads[self.root[product.factors[chosen]]].any():
+            return f"{product.what} holds {count} heads of {each} positions, which go as a whole"
+        return f"{product.what} holds {count} channels of {each} positions, which go as a whole"
 
     def _quiet(self, product: Product) -> list[int]:
         return [k for k, f in enumerate(product.factors) if f.size > 1 and not self.pinned[self.root[f]].all()]

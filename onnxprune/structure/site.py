@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import defs, helper, numpy_helper
 
-from onnxprune.structure.facts import Facts, Shape, describe
+from onnxprune.structure.facts import Facts, Shape, compute, describe
 from onnxprune.structure.labels import Axes, Axis, Labels, Solution
 
 Nulls = tuple[bool, ...]
@@ -196,6 +196,8 @@ class Cut:
     Attributes:
         solution: label -> class.
         dead: class -> whether it goes.
+        taken: names that values have.
+        made: value -> the node that computes it.
         added: initializers made on the way.
         before: nodes to stand before the one at work.
     """
@@ -203,6 +205,7 @@ class Cut:
     solution: Solution
     dead: np.ndarray
     taken: set[str]
+    made: Mapping[str, Site]
     added: list[onnx.TensorProto] = field(default_factory=list)
     before: list[onnx.NodeProto] = field(default_factory=list)
 
@@ -219,6 +222,22 @@ class Cut:
     def count(self, axis: Axis) -> int:
         """How many positions stay."""
         return int(self.alive(axis).sum())
+
+    def follows(self, site: Site, operand: int) -> np.ndarray | None:
+        """What an operand that is made of sizes comes to in the cut graph by itself; None where that is not known."""
+        return self._after(site.node.input[operand], site.facts)
+
+    def _after(self, name: str, facts: Facts) -> np.ndarray | None:
+        site = self.made.get(name)
+        if site is None or name not in facts.contents:
+            return facts.contents.get(name)
+        if site.node.op_type == "Shape" and site.inputs[0] is not None:
+            counts = np.array([self.count(axis) for axis in site.axes()], np.int64)
+            return counts[site.attribute("start", 0) : site.attribute("end", counts.size)]
+        given = {name: self._after(name, facts) for name in site.node.input if name}
+        known = {name: value for name, value in given.items() if value is not None}
+        found = compute(site.node, known, site.version) if len(known) == len(given) else None
+        return None if found is None else dict(zip((n for n in site.node.output if n), found, strict=True)).get(name)
 
     def name(self, near: str) -> str:
         """A name nothing has yet."""

@@ -79,9 +79,10 @@ def _resize_shape(site: Site, cut: Cut) -> None:
         if (cut.count(axis) == axis.size and (entry != 0 or same)) or entry == -1 or same:
             sizes.append(None)
         elif site.varies(i):
-            if -1 in old:
+            now = cut.follows(site, 1) if -1 in old else np.full(old.shape, -1)
+            if now is None or now[i] not in (-1, cut.count(axis)):
                 raise NoRule(f"{site.what} needs a size that varies from run to run")
-            sizes.append(-1)
+            sizes.append(-1 if now[i] == -1 else None)
         else:
             sizes.append(cut.count(axis))
     if given is not None:
