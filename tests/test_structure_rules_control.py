@@ -88,7 +88,8 @@ NETS = [
         "weights handed on from step to step",
         """(float[N,3] x) => (float[N,2] y) {
             h = Gemm(x, w1, b1)
-            z, wo, bo = Loop (three, yes, h, w2, b2) <body = g1 (int64 i, bool c, float[P,8] s, float[8,8] w, float[8] b)
+            z, wo, bo = Loop (three, yes, h, w2, b2) <body = g1
+                (int64 i, bool c, float[P,8] s, float[8,8] w, float[8] b)
                 => (bool d, float[P,8] t, float[8,8] v, float[8] e)
                 { d = Identity(c) k = MatMul(s, w) a = Add(k, b) t = Tanh(a) u = Identity(w) v = Identity(u)
                   e = Identity(b) }>

@@ -54,9 +54,20 @@ def decide(
     masks: dict[str, np.ndarray] = {}
     fitting, skipped = _fitting(config, weights)
     for entry, chosen in fitting:
-        kept = _decide_entry(entry, chosen, clock, held, factors)
-        masks |= {weight.name: keep for (weight, _), keep in zip(chosen, kept, strict=True)}
+
+        def several(part: list[Governed], entry: Entry = entry) -> dict[str, np.ndarray]:
+            kept = _decide_entry(entry, part, clock, held, factors)
+            return {weight.name: keep for (weight, _), keep in zip(part, kept, strict=True)}
+
+        for found in side_by_side(several, _parts(entry, chosen), size=sum(weight.size for weight, _ in chosen)):
+            masks |= found
     return {w.name: masks[w.name] for w in weights if w.name in masks}, skipped
+
+
+def _parts(entry: Entry, chosen: list[Governed]) -> list[list[Governed]]:
+    """The weights that have to be decided together: each on its own where none has to do with another."""
+    alone = entry.allocation == "uniform" and not isinstance(entry, SensitivityEntry)
+    return [[governed] for governed in chosen] if alone else [chosen]
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +120,7 @@ def decisions(
         if plain and free and share is not None and chosen and not isinstance(entry, SensitivityEntry):
             found |= _cut_entry(entry, [weight for weight, _ in chosen], share)
             continue
-        alone = entry.allocation == "uniform" and not isinstance(entry, SensitivityEntry)
-        for part in [[governed] for governed in chosen] if alone else [chosen]:
+        for part in _parts(entry, chosen):
             kept = _decide_entry(entry, part, clock, held, factors)
             for (weight, _), keep in zip(part, kept, strict=True):
                 found[weight.name] = Decision(weight, bits=np.packbits(keep))
