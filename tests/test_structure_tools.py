@@ -345,3 +345,33 @@ def test_faults_in_coarse_models(cnn: Path, tmp_path: Path, tool: str) -> None:
 def test_plain_floats_are_held_to_a_fixed_tolerance(cnn: Path) -> None:
     plan = Plan.of(load(cnn))
     assert verify.tolerance(plan.coupling.model, plan.sizes[0]) == verify.TOLERANCE == 1e-4
+
+
+CANCELLING = Net(
+    "a small difference of large numbers",
+    """(float[16,48] x) => (float[16,8] y) {
+        h = MatMul(x, w1) r = Relu(h) k = MatMul(r, w2) a = Add(k, large) s = Sub(a, large2) y = MatMul(s, w3)
+    }""",
+    {
+        **{"w1": (48, 1024), "w2": (1024, 64), "w3": (64, 8)},
+        **{name: np.array(300, np.float32) for name in ("large", "large2")},
+    },
+    (),
+)
+
+
+def test_floats_that_cancel_are_held_to_their_own_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a right cut is off by more than the bar, it passes; with two rows in the wrong order it does not."""
+    monkeypatch.setattr(verify, "TOLERANCE", 1e-8)
+    plan = Plan.of(load(CANCELLING.model()))
+    choose(plan, 0)
+    plan.zero(shrink.kept(plan.coupling, plan.removed))
+    small = plan.cut()
+    apart, allowed = plan.check(small), verify.tolerance(plan.coupling.model, plan.sizes[0])
+    assert verify.TOLERANCE < apart < allowed <= verify.LIMIT
+    proto = onnx.ModelProto.FromString(small.proto.SerializeToString())
+    tensor = next(t for t in proto.graph.initializer if t.name == "w3")
+    rows = numpy_helper.to_array(tensor)
+    tensor.CopyFrom(numpy_helper.from_array(np.concatenate([rows[1:2], rows[:1], rows[2:]]), tensor.name))
+    with pytest.raises(PruneError, match="differs from the masked one"):
+        plan.check(open_proto(proto, None, None))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import tensorflow as tf
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from onnxprune.errors import PruneError
 from onnxprune.graph.model import graphs
@@ -51,14 +51,25 @@ def convert(call: Callable[..., Any], signature: Sequence[Any]) -> onnx.ModelPro
     _add_erfc()
     with quiet():
         function = tf.function(call)
-        function.get_concrete_function(*signature)  # traced while nested functions run inline; tf2onnx finds it cached
+        # Traced while nested functions run inline; tf2onnx finds it cached.
+        captures = function.get_concrete_function(*signature).graph.captures
         try:
             proto, _ = tf2onnx.convert.from_function(function, input_signature=list(signature), opset=OPSET)
         except Exception as error:
             raise PruneError(f"tf2onnx cannot convert the model: {_line(error)}") from error
+    _store(proto.graph, {inner.name: outer for outer, inner in captures if outer.dtype != tf.resource})
     check_operators(proto)
     result: onnx.ModelProto = proto
     return result
+
+
+def _store(graph: onnx.GraphProto, captured: Mapping[str, Any]) -> None:
+    """Make initializers of inputs that are tensors a layer holds; tf2onnx leaves them where there is no variable."""
+    for index in reversed(range(len(graph.input))):
+        name = graph.input[index].name
+        if name in captured:
+            graph.initializer.append(numpy_helper.from_array(captured[name].numpy(), name))
+            del graph.input[index]
 
 
 @cache

@@ -14,17 +14,17 @@ from onnxprune.errors import PruneError
 from onnxprune.graph.model import Model, open_proto
 
 TOLERANCE = 1e-4
-"""Largest difference, as a share of the largest output, for models of 32-bit floats or better."""
+"""Largest difference, as a share of the largest output, unless the model's own rounding is worse."""
 
 SHAKE = 1e-5
-"""Relative change of every stored real number when rounding is measured: larger than what a sum is off by, so that
-what tips over rarely is seen to."""
+"""Relative change of every stored real number when the rounding of a coarse model is measured: larger than what a sum
+is off by, so that what tips over rarely is seen to. Of other models the last place is changed."""
 
 SHAKES = 2
 MARGIN = 2.0
 """How often it is measured, and how many times the largest is allowed."""
 
-LIMIT = 0.1
+LIMIT, COARSE_LIMIT = 1e-3, 0.1
 """What is allowed at most: beyond it, rounding cannot be told from a fault."""
 
 REAL = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
@@ -93,13 +93,13 @@ def tolerance(masked: Model, shapes: Mapping[str, Sequence[int]]) -> float:
 
     Sums without the zeros are taken in another order, and are off by some last places of a 32-bit float. Where a later
     step rounds to 16 bits, or to an integer, that may tip an entry over to the next step, and the steps after it carry
-    that on: how far depends on the model. So it is measured, on the masked model itself, with its real numbers changed
-    by `SHAKE`, or by a last place of theirs.
+    that on: how far depends on the model. So does how much of a difference of large numbers is left of 32-bit floats.
+    So it is measured, on the masked model itself, with its real numbers changed by a last place of theirs; by `SHAKE`
+    where it is larger and the model is a coarse one.
     """
-    if not _is_coarse(masked):
-        return TOLERANCE
-    moved = max(_moved(masked, shapes, seed) for seed in range(SHAKES))
-    return min(max(TOLERANCE, MARGIN * moved), LIMIT)
+    step, limit = (SHAKE, COARSE_LIMIT) if _is_coarse(masked) else (0.0, LIMIT)
+    moved = max(_moved(masked, shapes, step, seed) for seed in range(SHAKES))
+    return min(max(TOLERANCE, MARGIN * moved), limit)
 
 
 def _is_coarse(model: Model) -> bool:
@@ -107,7 +107,7 @@ def _is_coarse(model: Model) -> bool:
     return any(v.const_value is not None and v.const_value.dtype in COARSE for v in values)
 
 
-def _moved(model: Model, shapes: Mapping[str, Sequence[int]], seed: int) -> float:
+def _moved(model: Model, shapes: Mapping[str, Sequence[int]], least: float, seed: int) -> float:
     """How far the outputs move when the real numbers stored are a little off."""
     rng = np.random.default_rng(seed)
     proto = onnx.ModelProto()
@@ -120,11 +120,11 @@ def _moved(model: Model, shapes: Mapping[str, Sequence[int]], seed: int) -> floa
         if stored.dtype not in REAL or any(node.op_type in SHAPING for node, _ in value.uses()):
             continue
         array = model.current(stored)
-        step = max(SHAKE, float(ml_dtypes.finfo(array.dtype).eps))  # type: ignore[no-untyped-call]
+        step = max(least, float(ml_dtypes.finfo(array.dtype).eps))  # type: ignore[no-untyped-call]
         sign = rng.integers(0, 2, array.shape) * 2 - 1
         shaken = (array.astype(np.float64) * (1 + step * sign)).astype(array.dtype)
         copy.edit(tensor, lambda _, shaken=shaken: shaken)  # type: ignore[misc]
     try:
         return difference(model, copy, shapes)
     except PruneError:  # sizes or infinities that hang on a last place
-        return LIMIT
+        return COARSE_LIMIT

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the nets that tests use, too
 
@@ -323,6 +324,8 @@ def _file(package: str, ending: str, target: Path) -> str:
 
 SIZES = {"Xception": 71, "InceptionV3": 75, "InceptionResNetV2": 75, "NASNetLarge": 331, "NASNetMobile": 224}
 """Smallest sensible images; 64 unless named. NASNet's pooling of uneven sizes needs those it was made for."""
+LARGE = 40_000_000
+"""Parameters up to which tf2onnx folds and fuses: it takes fifty times their bytes. Larger nets keep their variables."""
 KERAS = [
     "VGG16",
     "VGG19",
@@ -376,6 +379,7 @@ def keras() -> list[Architecture]:
 def _keras(name: str, target: Path) -> str:
     import keras as library
     import tensorflow as tf
+    from onnxprune.converters.tensorflow import bind
     from onnxprune.converters.tensorflow.convert import convert
 
     library.backend.clear_session()
@@ -389,6 +393,9 @@ def _keras(name: str, target: Path) -> str:
         if len(value.shape) == 1:
             noise = rng.uniform(-0.3, 0.3, value.shape)
             value.assign(value + (abs(noise) if "variance" in value.name else noise))
+    if model.count_params() > LARGE:
+        onnx.save(bind(model).model.to_proto(), target)
+        return "tf2onnx, unfolded"
     signature = [tf.TensorSpec((1, size, size, 3), tf.float32, name="image")]
     target.write_bytes(convert(lambda image: [model(image, training=False)], signature).SerializeToString())
     return "tf2onnx"
