@@ -262,19 +262,16 @@ class _Search:
         if self.total <= WHOLE:
             return np.empty(0, self.key), 1.0
         random = np.random.default_rng(0)
-        drawn = []
         starts = np.arange(BLOCKS) * self.total // BLOCKS
         starts += random.integers(0, max(self.total // BLOCKS - BLOCK, 1), BLOCKS)
         index = np.searchsorted(self.firsts, starts, "right") - 1
-        for which, start in zip(index.tolist(), starts.tolist(), strict=True):
-            values = self.values[which]
-            at = start - self.firsts[which]
-            for part in values.chunks(at, min(at + BLOCK, values.size), scratch("values")):
-                drawn.append(_keys(part, self.dtype).copy())
-        whole = [part for part in drawn if part.size == BLOCK]
-        sample = np.concatenate(drawn)
+        parts = [
+            _keys(self.values[which].runs((starts[index == which] - self.firsts[which]).tolist(), BLOCK), self.dtype)
+            for which in np.unique(index).tolist()
+        ]
+        sample = np.concatenate(parts)
         guess = np.partition(sample, place := min(self.count * sample.size // self.total, sample.size - 1))[place]
-        share = np.array([np.count_nonzero(part < guess) for part in whole]) / BLOCK
+        share = (sample[: sample.size // BLOCK * BLOCK].reshape(-1, BLOCK) < guess).mean(1)
         mean = float(share.mean())
         single = math.sqrt(mean * (1 - mean) / BLOCK)
         return sample[sample < self.infinity], max(1.0, float(share.std()) / single if single > 0 else 1.0)

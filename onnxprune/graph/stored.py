@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -126,6 +126,21 @@ class Extent:
                     fill(file, part)
                 yield part
                 start += part.size
+
+    def runs(self, parts: Sequence[tuple[int, int]]) -> np.ndarray[Any, Any]:
+        """Several parts of it, as offsets and lengths, one after the other as uint8.
+
+        Raises:
+            PruneError: they are not there any more.
+        """
+        out = np.empty(sum(length for _, length in parts), np.uint8)
+        at = 0
+        with self.file.open() as file, reading():
+            for offset, length in parts:
+                file.seek(self.offset + offset)
+                fill(file, out[at : at + length])
+                at += length
+        return out
 
 
 def fill(file: BinaryIO, part: np.ndarray[Any, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,20 @@ class Values:
             step = buffer.size // width
             for first in range(start, stop, step):
                 yield self.source[first : min(first + step, stop)]
+
+    def runs(self, starts: Iterable[int], length: int) -> Array:
+        """Runs of neighbouring values, one after the other; they are shorter where the values end.
+
+        Raises:
+            PruneError: their file is not what it was.
+        """
+        width = self.dtype.itemsize
+        if not isinstance(self.source, Extent):
+            return np.concatenate([self.source[start : start + length] for start in starts])
+        size = self.size
+        return self.source.runs([(start * width, min(length, size - start) * width) for start in starts]).view(
+            self.dtype
+        )
 
     def places(self, at: Array) -> Array:
         """C-order indices in role order of elements in memory order."""
