@@ -165,7 +165,8 @@ def prune(
         from onnxprune.runtime.feeds import parse_shapes
 
         shapes = parse_shapes(shape or [])
-        dense = inspect(model, shapes)  # before --force may replace it
+        # What is replaced or cut has to be counted before; otherwise pruning counts most of it on its way.
+        dense = inspect(model, shapes) if force or compact or shapes else None
         result = api.prune(
             model, chosen, output, data,
             pruner=pruner, score=score, pattern=pattern, allocation=allocation, inexact=inexact or None, epoch=epoch,
@@ -176,7 +177,7 @@ def prune(
         if masks is not None and result.accepted:
             result.masks.save(masks)
         latency = None if no_benchmark or result.path is None else _latency(result.path, model, shapes, threads)
-        sizes = _sizes(dense, result)
+        sizes = _sizes(dense, result, model)
     if as_json:
         _print_json(_as_dict(model, result, sizes, latency))
     else:
@@ -405,16 +406,23 @@ def _latency(path: Path, model: str, shapes: dict[str, tuple[int, ...]], threads
         return str(error)
 
 
-def _sizes(dense: Inspection, result: Result) -> Sizes:
-    from onnxprune.inspection import inspect, stored_bytes
+def _sizes(dense: Inspection | None, result: Result, model: str) -> Sizes:
+    from onnxprune.inspection import inspect, parameters, stored_bytes
     from onnxprune.tables import Sizes
 
     rows = result.report.rows
-    nonzero = dense.nonzero - sum(row.zeros - row.zeros_before for row in rows)
+    if dense is None and result.report.groups:
+        dense = inspect(model)
+    if dense is None:
+        total, before = parameters(result.model, {row.name: row.zeros_before for row in rows})
+        stored = stored_bytes(model)
+    else:
+        total, before, stored = dense.parameters, dense.nonzero, dense.file_bytes or 0
+    nonzero = before - sum(row.zeros - row.zeros_before for row in rows)
     after = None if result.path is None else stored_bytes(result.path)
     if result.report.groups and result.path is not None:  # biases and norms went too
         nonzero = inspect(result.path).nonzero
-    return Sizes(dense.parameters, dense.nonzero, nonzero, dense.file_bytes or 0, after)
+    return Sizes(total, before, nonzero, stored, after)
 
 
 def _as_dict(model: str, result: Result, sizes: Sizes, latency: Benchmark | str | None) -> dict[str, Any]:

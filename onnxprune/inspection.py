@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
-from onnx.external_data_helper import ExternalDataInfo
 
-from onnxprune.graph import macs
-from onnxprune.graph.model import Model, ModelSource, external_tensors, load
+from onnxprune.graph import macs, values
+from onnxprune.graph.model import Model, ModelSource, load
 from onnxprune.graph.weights import FLOATS, INTEGERS, Skipped, Weight, find
+from onnxprune.graph.wire import OWN
 from onnxprune.runtime import feeds
 from onnxprune.runtime.session import ModelInput
 
@@ -159,7 +157,7 @@ def inspect(model: ModelSource, shapes: Mapping[str, Sequence[int]] | None = Non
     sizes, notes = feeds.resolve_shapes(required, dict(shapes or {}))
     undeclared = {str(v.name) for v in graph.inputs if v.shape is None} - (shapes or {}).keys()
     sizes = {name: shape for name, shape in sizes.items() if name not in undeclared}
-    zeros = {weight.name: weight.size - int(np.count_nonzero(weight.values())) for weight in weights}
+    zeros = {weight.name: values.zeros(values.of(weight)) for weight in weights}
     parameters, nonzero = _count_parameters(loaded, weights, zeros)
     file_bytes = None if loaded.path is None else stored_bytes(loaded.path)
     ports = [*graph.inputs], [*graph.outputs]
@@ -182,11 +180,23 @@ def inspect(model: ModelSource, shapes: Mapping[str, Sequence[int]] | None = Non
     )
 
 
+def parameters(model: Model, known: Mapping[str, int]) -> tuple[int, int]:
+    """The parameters of a model, and how many of them are not 0; the zeros of some weights are known by their names."""
+    weights, _ = find(model)
+    zeros = {w.name: known[w.name] if w.name in known else values.zeros(values.of(w)) for w in weights}
+    return _count_parameters(model, weights, zeros)
+
+
 def stored_bytes(path: str | os.PathLike[str]) -> int:
-    """Bytes of a model file and the external data files it refers to."""
-    proto = onnx.load_model(os.fspath(path), load_external_data=False)
-    locations = {ExternalDataInfo(tensor).location for tensor in external_tensors(proto)}
-    return sum(os.path.getsize(Path(path).parent / name) for name in (Path(path).name, *locations))
+    """Bytes of a model file and the external data files it refers to.
+
+    Raises:
+        PruneError: it is no model, or they are not there.
+    """
+    model = load(path)
+    return sum({file.path: file.size for file in model.data.values()}.values()) + (
+        0 if OWN in model.data else os.path.getsize(path)
+    )
 
 
 def _info(weight: Weight, zeros: int, known: int | str) -> WeightInfo:
@@ -211,8 +221,15 @@ def _count_parameters(model: Model, weights: Sequence[Weight], zeros: Mapping[st
         if tensor.dtype in PARAMETERS:
             size = int(tensor.size)
             total += size
-            gone += in_roles[id(value)] if id(value) in in_roles else size - int(np.count_nonzero(tensor.numpy()))
+            gone += in_roles[id(value)] if id(value) in in_roles else _zeros(model, tensor)
     return total, total - gone
+
+
+def _zeros(model: Model, tensor: ir.TensorProtocol) -> int:
+    extent = model.stored(tensor)
+    if extent is None or tensor.dtype not in FLOATS:
+        return int(tensor.size) - int(np.count_nonzero(model.read(tensor)))
+    return values.zeros(values.Values((int(tensor.size),), (0,), np.dtype(tensor.dtype.numpy()), extent))
 
 
 def _stored(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
@@ -248,4 +265,4 @@ def _dims(value: ir.Value) -> tuple[int | str | None, ...] | None:
     return tuple(dim if dim and (isinstance(dim, str) or dim > 0) else None for dim in dims)
 
 
-__all__ = ["Inspection", "Port", "WeightInfo", "inspect", "stored_bytes"]
+__all__ = ["Inspection", "Port", "WeightInfo", "inspect", "parameters", "stored_bytes"]

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from onnxprune.graph import expression as ex
-from onnxprune.graph.stored import Extent
+from onnxprune.graph.assemble import MAX_THREADS
+from onnxprune.graph.stored import CHUNK, Extent
 from onnxprune.graph.weights import TensorStorage, Weight
+
+SPAN = 1 << 22
+"""Values given to a thread at a time."""
 
 Array = np.ndarray[Any, Any]
 
@@ -98,6 +105,28 @@ def of(weight: Weight) -> Values:
     if axes is None:
         values, axes = np.ascontiguousarray(values), tuple(range(values.ndim))
     return Values(values.shape, axes, values.dtype, values.transpose(axes).reshape(-1))
+
+
+def zeros(values: Values, threads: int | None = None) -> int:
+    """How many of a weight's values are 0."""
+    size = values.size
+    spans = [(start, min(start + SPAN, size)) for start in range(0, size, SPAN)]
+    count = partial(_zeros, values)
+    if len(spans) < 4 or threads == 1:
+        return sum(map(count, spans))
+    with ThreadPoolExecutor(threads or min(os.cpu_count() or 1, MAX_THREADS)) as pool:
+        return sum(pool.map(count, spans))
+
+
+def _zeros(values: Values, span: tuple[int, int]) -> int:
+    found = 0
+    for part in values.chunks(*span, np.empty(CHUNK, np.uint8)):
+        if part.dtype.kind in "iu":
+            found += part.size - int(np.count_nonzero(part))
+        else:
+            bits = part.view(f"u{part.dtype.itemsize}")
+            found += part.size - int(np.count_nonzero(np.left_shift(bits, 1)))  # -0.0 is 0, too
+    return found
 
 
 def _expressions(expression: ex.Expression) -> Iterator[ex.Expression]:
