@@ -31,6 +31,9 @@ them more than once."""
 ROUNDS = 12
 """Of putting outputs into other groups, at most."""
 
+SETTLED = 1.002
+"""How much better a round has to be for another one to follow."""
+
 
 def grouped(size: int | None = None, parts: int = 1, joint: bool = False) -> Pattern:
     """Groups of `size` outputs, each with inputs of its own, all groups equally many.
@@ -52,7 +55,7 @@ def grouped(size: int | None = None, parts: int = 1, joint: bool = False) -> Pat
         profile, unit = _profile(scores)
         gone = None if held is None else np.asarray(held.reshape(*held.shape[:2], -1).all(2))
         members, lost = form(profile, outputs(scores.shape), parts, gone)
-        totals = profile[members].sum(1)
+        totals = np.stack([profile[rows].sum(0) for rows in members])
         if lost is not None:
             totals[lost] = 0
         order = np.argsort(np.where(lost, -1, totals) if lost is not None else totals, axis=1, kind="stable")
@@ -150,16 +153,20 @@ def cluster(profile: np.ndarray, size: int) -> np.ndarray:
     if count == 1:
         return best
     keep = max(1, profile.shape[1] // STEPS)
-    most = _covered(profile, best, keep)
-    for members in (best, _assign(profile @ _top(profile[_seeds(profile, count, keep)], keep).T, size)):
+    bits = 24 - max(profile.shape[1], size).bit_length()  # sums fit the 24 bits of a float32
+    needs = in_units(profile, bits)[0].astype(np.float32)
+    most = -1.0
+    for members in (best, _assign(needs @ _top(needs[_seeds(needs, count, keep)], keep).T, size)):
+        before = -1.0
         for _ in range(ROUNDS):
-            covered = _covered(profile, members, keep)
+            totals = _member(members, needs.shape[0]) @ needs
+            support = _top(totals, keep)
+            covered = float((totals * support).sum(dtype=np.float64))
             if covered > most:
                 best, most = members, covered
-            following = _assign(profile @ _top(profile[members].sum(1), keep).T, size)
-            if np.array_equal(following, members):
+            if covered <= before * SETTLED:
                 break
-            members = following
+            before, members = covered, _assign(needs @ support.T, size)
     best = np.sort(best, axis=1)
     return best[np.argsort(best[:, 0], kind="stable")]
 
@@ -180,21 +187,23 @@ def _alike(gone: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
 def _top(totals: np.ndarray, keep: int) -> np.ndarray:
     """1.0 for the `keep` largest of each row, the earlier one on ties."""
     order = np.argsort(-totals, axis=1, kind="stable")[:, :keep]
-    chosen = np.zeros(totals.shape)
+    chosen = np.zeros(totals.shape, totals.dtype)
     np.put_along_axis(chosen, order, 1.0, 1)
     return chosen
 
 
-def _covered(profile: np.ndarray, members: np.ndarray, keep: int) -> float:
-    totals = profile[members].sum(1)
-    return float((totals * _top(totals, keep)).sum())
+def _member(members: np.ndarray, outputs: int) -> np.ndarray:
+    """(groups, outputs) 1.0 where an output is in a group."""
+    inside = np.zeros((members.shape[0], outputs), np.float32)
+    np.put_along_axis(inside, members, 1.0, 1)
+    return inside
 
 
 def _seeds(profile: np.ndarray, count: int, keep: int) -> np.ndarray:
     """Outputs to start groups from: each is the one that the supports of those before serve worst."""
-    own = (profile * _top(profile, keep)).sum(1)
+    own = -np.partition(-profile, keep - 1, axis=1)[:, :keep].sum(1)
     seeds = [int(np.argmax(own))]
-    served = np.zeros(own.size)
+    served = np.zeros(own.size, own.dtype)
     while len(seeds) < count:
         served = np.maximum(served, profile @ _top(profile[seeds[-1:]], keep)[0])
         missed = own - served

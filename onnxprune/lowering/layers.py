@@ -152,7 +152,12 @@ def _obstacle(use: Use, node: onnx.NodeProto | None, rank: int) -> str:
 def _bias(model: Model, node: onnx.NodeProto, outputs: int) -> np.ndarray | str | None:
     if node.op_type == "MatMul" or len(node.input) < 3 or not node.input[2]:
         return None
-    stored = model.graph.graph.initializers.get(node.input[2])
+    name = node.input[2]
+    stored = model.graph.graph.initializers.get(name)
+    producers = {output: n for n in model.proto.graph.node for output in n.output if n.op_type == "Identity"}
+    while stored is None and name in producers:  # exporters share equal biases so
+        name = producers[name].input[0]
+        stored = model.graph.graph.initializers.get(name)
     if stored is None or stored.const_value is None:
         return f"the bias '{node.input[2]}' of its {node.op_type} is computed"
     values = model.current(stored.const_value)
