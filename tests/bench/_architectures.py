@@ -325,7 +325,7 @@ def _file(package: str, ending: str, target: Path) -> str:
 SIZES = {"Xception": 71, "InceptionV3": 75, "InceptionResNetV2": 75, "NASNetLarge": 331, "NASNetMobile": 224}
 """Smallest sensible images; 64 unless named. NASNet's pooling of uneven sizes needs those it was made for."""
 LARGE = 40_000_000
-"""Parameters up to which tf2onnx folds and fuses: it takes fifty times their bytes. Larger nets keep their variables."""
+"""Parameters up to which tf2onnx folds and fuses: that takes fifty times their bytes. Larger nets keep variables."""
 KERAS = [
     "VGG16",
     "VGG19",
