@@ -24,6 +24,7 @@ from onnxprune.graph.model import Model, ModelSource, load
 from onnxprune.graph.weights import Skipped, Weight, find
 
 if TYPE_CHECKING:
+    from onnxprune.layerwise import Calibrated
     from onnxprune.lowering.lower import Lowering
     from onnxprune.runtime.evaluate import Evaluation
     from onnxprune.runtime.feeds import Dataset
@@ -57,6 +58,7 @@ class Report:
         rows: one per weight that was pruned.
         skipped: the weights left alone, with reasons.
         groups: one per group of channels, where channels or heads were pruned.
+        notes: what a user should know besides.
         difference: of the shrunk model from the masked one, as a share of the outputs' scale; None where not checked.
         lowering: what became of layers with grouped inputs; None where none were asked for, or zeros are kept.
     """
@@ -66,6 +68,7 @@ class Report:
     groups: tuple[GroupRow, ...] = ()
     difference: float | None = None
     lowering: Lowering | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -94,6 +97,7 @@ class Report:
             **total,
             **channels,
             "lowering": lowering,
+            "notes": list(self.notes),
         }
 
 
@@ -226,6 +230,7 @@ def prune(
     pattern: str | None = None,
     allocation: str | None = None,
     inexact: bool | None = None,
+    reconstruct: bool | None = None,
     epoch: int | None = None,
     step: int | None = None,
     **options: Any,
@@ -238,14 +243,18 @@ def prune(
         output: the file to write.
         data: inputs and optional labels, as `onnxprune.evaluate` takes them; dense and pruned are compared on them,
             and the sensitivity pruner measures with them.
-        pruner: 'level', 'agp' or 'sensitivity'.
+        pruner: 'level', 'agp', 'sensitivity' or 'sparsegpt'.
         score: default of the entries' `score`.
         pattern: default of the entries' `pattern`.
         allocation: default of the entries' `allocation`.
         inexact: whether norms over channels let them go: they then average over fewer, and fine-tuning has to follow.
+        reconstruct: whether what survives of each weight is refitted by least squares, so that on calibration data it
+            comes close to what the dense one computes.
         epoch: for schedules, the epoch to prune for; the end unless given.
         step: the same for optimizer steps.
-        options: `max_drop` (write nothing where the metric falls by more or, without labels, agreement with the dense
+        options: `calibration` (what to calibrate on where that is not `data`, in the same forms; labels are not used),
+            `max_memory` (for calibrating: bytes, or a text such as '2GB'; a quarter of the machine's unless given),
+            `max_drop` (write nothing where the metric falls by more or, without labels, agreement with the dense
             model is lower than 1 - max_drop), `metric` (a callable or 'module:function'),
             `keep_shape` (zero in place where the pattern is 'channel', 'head' or 'grouped', instead of cutting out and
             lowering), `verify` (False: do not hold the model against the zeroed one in onnxruntime), `timing` and
@@ -262,13 +271,14 @@ def prune(
         PruneError: bad input; nothing has been written.
     """
     if isinstance(config, Pruner):
-        if any(o is not None for o in (pruner, score, pattern, allocation, inexact)):
+        if any(o is not None for o in (pruner, score, pattern, allocation, inexact, reconstruct)):
             raise PruneError(
-                "pruner, score, pattern, allocation and inexact belong to the pruner object; give them when making it"
+                "pruner, score, pattern, allocation, inexact and reconstruct belong to the pruner object; "
+                "give them when making it"
             )
         return config.prune(model, epoch=epoch, step=step, output=output, data=data, **options)
     options_ = {"pruner": pruner, "score": score, "pattern": pattern, "allocation": allocation, "inexact": inexact}
-    checked = configuration.load(config, **options_)
+    checked = configuration.load(config, **options_, reconstruct=reconstruct)
     return run(model, checked, clock=Clock(epoch, step), output=output, data=data, **options)
 
 
@@ -292,6 +302,8 @@ def run(
     compact: bool = False,
     timing: bool = True,
     latency_table: str | os.PathLike[str] | None = None,
+    calibration: Any = None,
+    max_memory: str | float | None = None,
 ) -> Result:
     """Prune with a validated configuration: decide, edit, evaluate, gate, write. See `prune`."""
     if max_drop is not None and data is None:
@@ -315,32 +327,45 @@ def run(
             + (f"; and so are {more} more" * (more > 0))
         )
     trial = None if data is None else _Trial.of(source, data, metric, threads)
+    calibrated = None
+    if config.calibrated:
+        calibrated = _calibrated(source, model, config, weights, trial, calibration, max_memory, threads)
     factors = None
     if trial is not None and config.pruner == "sensitivity":
         factors = trial.factors([w.name for _, chosen in config.assign(weights) for w in chosen])
+    norms = {} if calibrated is None else calibrated.norms(config)
     if plan is None:
-        decided, misfits = decisions(config, weights, clock, held, factors)
+        decided, misfits = decisions(config, weights, clock, held, factors, norms)
+        if calibrated is not None and config.pruner == configuration.SPARSEGPT:
+            decided = {name: decision for name, decision in decided.items() if name not in calibrated.reasons}
         rows = {name: _row(decision) for name, decision in decided.items()}
         masks = _masks(decided)
     else:
-        kept, misfits = decide(config, weights, clock, held, factors)
-        along, pinned = plan.decide(config, clock, held, align)
+        kept, misfits = decide(config, weights, clock, held, factors, norms)
+        along, pinned = plan.decide(config, clock, held, align, norms)
         kept |= {name: kept[name] & mask if name in kept else mask for name, mask in along.items()}
         misfits += pinned
         rows = {w.name: row(w, kept[w.name]) for w in weights if w.name in kept}
         masks = Masks(kept)
+    misfits += [] if calibrated is None else calibrated.unread(config, weights)
     told = {*masks, *(s.name for s in misfits)}
     others = [Skipped(w.name, w.op_type, "the configuration leaves it out") for w in weights if w.name not in told]
     groups = () if plan is None else plan.groups
     report = Report(tuple(rows.values()), (*misfits, *others, *untouched), groups)
+    dense = None if calibrated is None else calibrated.duplicate()
     if plan is None:
         for decision in decided.values():
             _edit(model, decision)
     else:
         plan.zero(kept)
-        if not keep_shape:
-            model = plan.cut()
-            report = replace(report, difference=plan.check(model) if verify and not config.inexact else None)
+    if calibrated is not None and dense is not None and config.refits:
+        masks = Masks(calibrated.apply(config, weights, dict(masks), dense))
+        after = {w.name: row(w, masks[w.name]) for w in weights if w.name in rows}
+        rows = {name: replace(after[name], zeros_before=before.zeros_before) for name, before in rows.items()}
+        report = replace(report, rows=tuple(rows.values()), notes=tuple(calibrated.notes))
+    if plan is not None and not keep_shape:
+        model = plan.cut()
+        report = replace(report, difference=plan.check(model) if verify and not config.inexact else None)
     if compact:
         from onnxprune.structure import compact as dead
 
@@ -362,6 +387,35 @@ def run(
             masks = masks.packed()  # what they are worked out from is about to be replaced
         path = staged.commit() if target is not None and accepted else None
     return Result(model, masks, report, evaluation, path, accepted)
+
+
+def _calibrated(
+    source: ModelSource,
+    model: Model,
+    config: configuration.Config,
+    weights: Sequence[Weight],
+    trial: _Trial | None,
+    calibration: Any,
+    max_memory: str | float | None,
+    threads: int | None,
+) -> Calibrated:
+    from onnxprune.layerwise import Calibrated
+    from onnxprune.runtime.feeds import load_data
+    from onnxprune.runtime.session import open_session
+
+    if calibration is None and trial is None:
+        raise PruneError(
+            "the configuration asks for calibration data (score 'wanda'); pass some hundred inputs as data or, where "
+            "those are for evaluation only, as calibration (--data, --calibration); labels are not needed"
+        )
+    if calibration is None:
+        assert trial is not None
+        dataset = trial.dataset
+    else:
+        session = trial.dense if trial is not None else open_session(source, threads=threads)
+        dataset = load_data(calibration, session.inputs)
+    governed = [weight for _, chosen in config.assign(weights) for weight in chosen]
+    return Calibrated.of(model, governed, dataset, max_memory, threads)
 
 
 def _plan(model: Model, shapes: Mapping[str, Sequence[int]] | None, inexact: bool) -> Plan:

@@ -95,10 +95,11 @@ def prune(
         str | None, typer.Option(metavar="FILE", help="YAML, JSON or TOML with a config list, instead of --sparsity.")
     ] = None,
     pruner: Annotated[
-        str | None, typer.Option(metavar="level|agp|sensitivity", help="Which algorithm; level unless given.")
+        str | None, typer.Option(metavar="level|agp|sensitivity|sparsegpt", help="Which algorithm; level unless given.")
     ] = None,
     score: Annotated[
-        str | None, typer.Option(metavar="NAME", help="What makes an entry matter; magnitude unless given.")
+        str | None,
+        typer.Option(metavar="NAME", help="What makes an entry matter: magnitude (unless given), wanda, ..."),
     ] = None,
     pattern: Annotated[
         str | None,
@@ -120,7 +121,17 @@ def prune(
     epoch: Annotated[
         int | None, typer.Option(metavar="N", help="Where in its schedule agp is; the end unless given.")
     ] = None,
+    reconstruct: Annotated[
+        bool, typer.Option("--reconstruct", help="Refit what survives to the dense outputs on calibration data.")
+    ] = False,
     data: Annotated[str | None, typer.Option(metavar="DATA", help=f"Compare dense and pruned on it. {_DATA}")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Calibrate on it instead of --data; labels are not used.")
+    ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="For calibrating, as 2GB; a quarter of the machine's unless given."),
+    ] = None,
     metric: Metric = None,
     max_drop: Annotated[
         float | None, typer.Option(metavar="X", help="If accuracy falls by more, write nothing and exit with 1.")
@@ -170,6 +181,7 @@ def prune(
         result = api.prune(
             model, chosen, output, data,
             pruner=pruner, score=score, pattern=pattern, allocation=allocation, inexact=inexact or None, epoch=epoch,
+            reconstruct=reconstruct or None, calibration=calibration, max_memory=max_memory,
             max_drop=max_drop, metric=metric, sparse=sparse, force=force, threads=threads,
             keep_shape=keep_shape, verify=not no_verify, align=_align(align), shapes=shapes, compact=compact,
             timing=not no_timing, latency_table=latency_table,
@@ -185,6 +197,7 @@ def prune(
 
         _show(tables.pruned(result.report))
         _show(tables.channels(result.report))
+        _show(tables.sentence(note) for note in result.report.notes)
         if result.report.lowering is not None:
             _show(tables.lowered(result.report.lowering))
         _show(tables.compared(sizes, result.evaluation, latency))

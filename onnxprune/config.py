@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from onnxprune.algorithms.allocate import ALLOCATIONS
 from onnxprune.algorithms.patterns import parse as parse_pattern
-from onnxprune.algorithms.scores import BN_SCALE, CHANNEL_SCORES, SCORES
+from onnxprune.algorithms.scores import BN_SCALE, CALIBRATED, CHANNEL_SCORES, SCORES
 from onnxprune.errors import PruneError
 from onnxprune.graph.roles import DEFAULT_TYPES
 
@@ -70,7 +70,7 @@ class Entry(BaseModel):
     @model_validator(mode="after")
     def _score_exists(self) -> Entry:
         coupled = parse_pattern(self.pattern).coupled
-        known = {*CHANNEL_SCORES, BN_SCALE} if coupled else set(SCORES)
+        known = {*CALIBRATED, *((*CHANNEL_SCORES, BN_SCALE) if coupled else SCORES)}
         if self.score not in known:
             wide = "" if coupled or self.score not in {*CHANNEL_SCORES, BN_SCALE} else " (that one scores channels)"
             raise ValueError(
@@ -201,6 +201,8 @@ class SensitivityEntry(_Scheduled):
     def _complete(self) -> SensitivityEntry:
         if self.exclude:
             return self
+        if self.score in CALIBRATED:
+            raise ValueError(f"score '{self.score}': the sensitivity pruner ranks by its own; use level or agp")
         if (self.sparsity is None) == (self.quality is None):
             raise ValueError(
                 "exactly one of 'sparsity' (the total to reach) and 'quality' (the factor of the thresholds) is needed"
@@ -218,7 +220,27 @@ class SensitivityEntry(_Scheduled):
         return self.sparsity
 
 
-ENTRIES: dict[str, type[Entry]] = {"level": LevelEntry, "agp": AGPEntry, "sensitivity": SensitivityEntry}
+class SparseGPTEntry(LevelEntry):
+    """SparseGPT: level, with second-order selection and an update of what survives."""
+
+    @model_validator(mode="after")
+    def _has_its_own_score(self) -> SparseGPTEntry:
+        if self.score != "magnitude":
+            raise ValueError(f"score '{self.score}': the sparsegpt pruner selects by its own; leave it out")
+        pattern = parse_pattern(self.pattern)
+        if pattern.coupled or pattern.fitted is not None:
+            raise ValueError(f"pattern '{self.pattern}': the sparsegpt pruner takes entries, N:M and blocks; use level")
+        return self
+
+
+SPARSEGPT = "sparsegpt"
+
+ENTRIES: dict[str, type[Entry]] = {
+    "level": LevelEntry,
+    "agp": AGPEntry,
+    "sensitivity": SensitivityEntry,
+    SPARSEGPT: SparseGPTEntry,
+}
 
 
 class Config(BaseModel):
@@ -229,6 +251,7 @@ class Config(BaseModel):
     pruner: str
     entries: tuple[Entry, ...]
     inexact: bool = False
+    reconstruct: bool = False
     source: list[dict[str, Any]]
 
     @property
@@ -240,6 +263,16 @@ class Config(BaseModel):
     def grouped(self) -> bool:
         """Whether any entry asks for grouped inputs, which can be lowered."""
         return any(parse_pattern(entry.pattern).fitted is not None for entry in self.entries if not entry.exclude)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration data are needed: for an entry's score, to select by, or to reconstruct."""
+        return self.refits or any(entry.score in CALIBRATED for entry in self.entries if not entry.exclude)
+
+    @property
+    def refits(self) -> bool:
+        """Whether the values of what survives change, too."""
+        return self.reconstruct or self.pruner == SPARSEGPT
 
     def assign(self, weights: Iterable[Any]) -> list[tuple[int, list[Any]]]:
         """The weights each entry governs: the last entry that matches a weight wins, whole; exclude leaves it out.
@@ -280,7 +313,7 @@ def load(source: ConfigSource, **options: Any) -> Config:
 
     Args:
         source: a list of entries; a mapping with `config_list` and optionally `pruner`, `score`, `pattern`,
-            `allocation` and `inexact`; or the path of a YAML, JSON or TOML file with either.
+            `allocation`, `inexact` and `reconstruct`; or the path of a YAML, JSON or TOML file with either.
         options: the mapping's other keys; they go before the mapping's, and after an entry's own. None is not given.
 
     Raises:
@@ -290,7 +323,7 @@ def load(source: ConfigSource, **options: Any) -> Config:
         source = _read(Path(source))
     mapping = dict(source) if isinstance(source, Mapping) else {"config_list": source}
     mapping.update({key: value for key, value in options.items() if value is not None})
-    known = {"pruner", "score", "pattern", "allocation", "inexact", "config_list"}
+    known = {"pruner", "score", "pattern", "allocation", "inexact", "reconstruct", "config_list"}
     if unknown := mapping.keys() - known:
         entry = unknown & {"sparsity", "op_types", "op_names", "final_sparsity"}
         hint = " (an entry of a config list must stand in a list)" if entry else ""
@@ -298,9 +331,10 @@ def load(source: ConfigSource, **options: Any) -> Config:
     pruner = str(mapping.pop("pruner", "level")).lower()
     if pruner not in ENTRIES:
         raise PruneError(f"pruner '{pruner}' is not known; expected {_names(ENTRIES)}")
-    inexact = mapping.pop("inexact", False)
-    if not isinstance(inexact, bool):
-        raise PruneError(f"config key 'inexact' is {inexact!r}; expected true or false")
+    flags: dict[str, Any] = {name: mapping.pop(name, False) for name in ("inexact", "reconstruct")}
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise PruneError(f"config key '{name}' is {value!r}; expected true or false")
     entries = mapping.pop("config_list", None)
     if not isinstance(entries, Sequence) or isinstance(entries, (str, bytes)) or not entries:
         raise PruneError(f"a config list is a list with at least one entry such as {_EXAMPLE}, not {entries!r}")
@@ -313,7 +347,7 @@ def load(source: ConfigSource, **options: Any) -> Config:
         except ValidationError as error:
             raise PruneError(_explain(index, entry, pruner, error)) from None
         sources.append(dict(entry))
-    return Config(pruner=pruner, entries=tuple(validated), inexact=inexact, source=sources)
+    return Config(pruner=pruner, entries=tuple(validated), source=sources, **flags)
 
 
 def _named(weight: Named, pattern: str) -> bool:

@@ -43,6 +43,7 @@ FLOORS = {
     "structure": 4,
     "lowering": 4,
     "sensitivity": 4,
+    "layerwise": 4,
     "inspection": 4,
     "api": 5,
     "tables": 6,

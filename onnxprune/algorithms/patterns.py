@@ -42,6 +42,21 @@ class Units:
         return int(np.prod(self.shape, dtype=np.int64))
 
 
+def per_output(units: Units) -> Units:
+    """Units ranked against those of their own output (or row of blocks) only: the score is the rank in it.
+
+    Of equally large outputs each then loses the same number, and one more where it does not divide: the first ones do.
+    Units held from earlier rank first; those that never go keep +inf.
+    """
+    rows = np.abs(units.scores).reshape(units.scores.shape[0], -1)
+    first = rows if units.held is None else np.where(units.held.reshape(rows.shape), -1.0, rows)
+    ranks = np.empty(rows.shape, np.float64)
+    places = np.broadcast_to(np.arange(rows.shape[1], dtype=np.float64), rows.shape)
+    np.put_along_axis(ranks, np.argsort(first, axis=1, kind="stable"), places, axis=1)
+    ranks[np.isinf(rows)] = np.inf
+    return replace(units, scores=ranks.reshape(units.scores.shape))
+
+
 @dataclass(frozen=True, eq=False)
 class Pattern:
     """A shape of removal.
@@ -52,6 +67,7 @@ class Pattern:
         entries: (what is removed of the units, the units) to the entries removed, in role order.
         misfit: the reason why a weight of some shape in role order cannot have the pattern; empty where it can.
         most: the largest sparsity the pattern allows.
+        columns: inputs that a unit, or the choice between units, reaches over.
         coupled: whether its units reach over several weights, so that the structure of the graph decides about them.
         fitted: (parts, joint) to the pattern for a weight whose outputs fall into `parts` equal runs that read inputs
             of their own, or all have to keep the same inputs; None where that makes no difference.
@@ -62,6 +78,7 @@ class Pattern:
     entries: Callable[[np.ndarray, Units], np.ndarray]
     misfit: Callable[[Shape], str]
     most: float = 1.0
+    columns: int = 1
     coupled: bool = False
     fitted: Callable[[int, bool], Pattern] | None = None
 
@@ -136,7 +153,7 @@ def n_of_m(n: int, m: int) -> Pattern:
     def misfit(shape: Shape) -> str:
         return "" if shape[1] % m == 0 else f"its {shape[1]} inputs are no multiple of {m}"
 
-    return Pattern(f"{n}:{m}", units, lambda removed, units: removed, misfit, round(1 - n / m, 12))
+    return Pattern(f"{n}:{m}", units, lambda removed, units: removed, misfit, round(1 - n / m, 12), m)
 
 
 def block(rows: int, columns: int) -> Pattern:
@@ -167,4 +184,4 @@ def block(rows: int, columns: int) -> Pattern:
         spread = removed.repeat(rows, 0).repeat(columns, 1)
         return spread[: units.shape[0], : units.shape[1]]
 
-    return Pattern(f"block:{rows}x{columns}", units, entries, lambda shape: "")
+    return Pattern(f"block:{rows}x{columns}", units, entries, lambda shape: "", columns=columns)

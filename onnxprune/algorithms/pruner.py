@@ -32,6 +32,7 @@ def decide(
     clock: Clock | None = None,
     held: Mapping[str, np.ndarray] | None = None,
     factors: Mapping[str, float] | None = None,
+    norms: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[dict[str, np.ndarray], list[Skipped]]:
     """The masks of all weights a configuration governs, at one point in time.
 
@@ -41,22 +42,28 @@ def decide(
         clock: where in its schedule each entry is; the end unless given.
         held: masks from earlier (True is kept, stored shape); what they removed stays removed.
         factors: for the sensitivity pruner, each weight's measured factor in (0, 1]; 1 where it has none.
+        norms: for scores from calibration data, the norms of each weight's inputs in role order.
 
     Returns:
         Weight name -> boolean array of the stored shape, True is kept, for each governed weight in the order given
         (patterns that couple weights are left to `structure.channels`); and the weights whose pattern cannot be had.
 
     Raises:
-        PruneError: an entry matches nothing; a weight is not finite; a held mask does not fit.
+        PruneError: an entry matches nothing; a weight is not finite; a held mask does not fit; a score needs norms.
     """
     weights = list(weights)
     clock, held, factors = clock or Clock(), held or {}, factors or {}
+    if norms is None and config.calibrated:
+        raise PruneError(
+            "score 'wanda', pruner 'sparsegpt' and 'reconstruct' need calibration data and a graph to run them in: "
+            "prune the exported file, onnxprune.prune('model.onnx', ..., data=...)"
+        )
     masks: dict[str, np.ndarray] = {}
-    fitting, skipped = _fitting(config, weights)
+    fitting, skipped = _fitting(config, weights, norms or {})
     for entry, chosen in fitting:
 
         def several(part: list[Governed], entry: Entry = entry) -> dict[str, np.ndarray]:
-            kept = _decide_entry(entry, part, clock, held, factors)
+            kept = _decide_entry(entry, part, clock, held, factors, norms or {})
             return {weight.name: keep for (weight, _), keep in zip(part, kept, strict=True)}
 
         for found in side_by_side(several, _parts(entry, chosen), size=sum(weight.size for weight, _ in chosen)):
@@ -106,12 +113,13 @@ def decisions(
     clock: Clock | None = None,
     held: Mapping[str, np.ndarray] | None = None,
     factors: Mapping[str, float] | None = None,
+    norms: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[dict[str, Decision], list[Skipped]]:
     """`decide` for models that need not fit into memory: the same masks, said in less room where possible."""
     weights = list(weights)
     clock, held, factors = clock or Clock(), held or {}, factors or {}
     found: dict[str, Decision] = {}
-    fitting, skipped = _fitting(config, weights)
+    fitting, skipped = _fitting(config, weights, norms or {})
     for entry, chosen in fitting:
         share = target(entry, clock)
         unstructured = all(pattern is patterns.UNSTRUCTURED for _, pattern in chosen)
@@ -121,7 +129,7 @@ def decisions(
             found |= _cut_entry(entry, [weight for weight, _ in chosen], share)
             continue
         for part in _parts(entry, chosen):
-            kept = _decide_entry(entry, part, clock, held, factors)
+            kept = _decide_entry(entry, part, clock, held, factors, norms or {})
             for (weight, _), keep in zip(part, kept, strict=True):
                 found[weight.name] = Decision(weight, bits=np.packbits(keep))
     return {w.name: found[w.name] for w in weights if w.name in found}, skipped
@@ -151,8 +159,13 @@ Governed = tuple[Weight, patterns.Pattern]
 """A weight and the pattern that an entry asks of it, made to fit."""
 
 
-def _fitting(config: Config, weights: list[Weight]) -> tuple[list[tuple[Entry, list[Governed]]], list[Skipped]]:
-    """The entries whose pattern does not couple weights, each with the weights it governs; and what does not fit."""
+def _fitting(
+    config: Config, weights: list[Weight], norms: Mapping[str, np.ndarray]
+) -> tuple[list[tuple[Entry, list[Governed]]], list[Skipped]]:
+    """The entries whose pattern does not couple weights, each with the weights it governs; and what does not fit.
+
+    Weights whose score needs norms that there are none of are in neither.
+    """
     found = []
     skipped: list[Skipped] = []
     for index, chosen in config.assign(weights):
@@ -162,6 +175,8 @@ def _fitting(config: Config, weights: list[Weight]) -> tuple[list[tuple[Entry, l
             continue
         fitting = []
         for weight in chosen:
+            if entry.score in scores.CALIBRATED and weight.name not in norms:
+                continue  # the caller knows why
             own = pattern if pattern.fitted is None else pattern.fitted(weight.parts, weight.joint)
             reason = own.misfit(weight.role_shape)
             if reason:
@@ -188,6 +203,7 @@ def _decide_entry(
     clock: Clock,
     held: Mapping[str, np.ndarray],
     factors: Mapping[str, float],
+    norms: Mapping[str, np.ndarray],
 ) -> list[np.ndarray]:
     """The masks of the weights one entry governs, each with its pattern."""
     share = target(entry, clock)
@@ -199,6 +215,11 @@ def _decide_entry(
     for weight, pattern in weights:
         values = weight.values()
         check_finite(weight, values)
+        if entry.score in scores.CALIBRATED:
+            score_of = scores.CALIBRATED[entry.score]
+            made = pattern.units(score_of(values, norms[weight.name]), earlier.get(weight.name))
+            units.append(made if made.places is not None else patterns.per_output(made))
+            continue
         relative = isinstance(entry, SensitivityEntry)
         score = scores.relative(factors.get(weight.name, 1.0)) if relative else scores.SCORES[entry.score]
         units.append(pattern.units(score(values), earlier.get(weight.name)))

@@ -34,8 +34,23 @@ def relative(factor: float) -> Score:
     return score
 
 
+def wanda(values: np.ndarray, norms: np.ndarray) -> np.ndarray:
+    """|w| * ||x||_2 (Sun et al. 2023, "A simple and effective pruning approach for large language models", eq. 1).
+
+    Args:
+        values: a weight in role order.
+        norms: the norm of the input that each entry is multiplied with, over the calibration data (same shape).
+    """
+    scores: np.ndarray = np.abs(values.astype(np.float64)) * norms
+    return scores
+
+
 SCORES: dict[str, Score] = {"magnitude": magnitude}
-"""Scores of entries."""
+"""Scores of entries that the weight alone gives."""
+
+WANDA = "wanda"
+CALIBRATED: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {WANDA: wanda}
+"""Scores of entries that need the norms of their inputs; entries are then ranked against those of their own output."""
 
 ChannelScore = Callable[[np.ndarray], np.ndarray]
 """Takes a weight as (outputs, the rest), returns a score per output: the lowest goes first."""

@@ -132,11 +132,15 @@ class Model:
         """A copy of the model as one protobuf with all data inside, edits applied."""
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
+        self.embed(proto)
+        return proto
+
+    def embed(self, proto: onnx.ModelProto) -> None:
+        """Put the data of external tensors, edits applied, into a protobuf made of parts of this one."""
         for tensor in list(external_tensors(proto)):
             content = saving.content(self, tensor)
             clear(tensor)
             tensor.raw_data = content
-        return proto
 
     def stage(self, target: Path | None, *, sparse_storage: bool = False) -> contextlib.AbstractContextManager[Staged]:
         """Write the model beside `target` (or in the system's temporary folder) without touching `target` itself.

@@ -102,7 +102,7 @@ class Weight:
         computed = [use.view(ex.compute(use.expression, self._read)) for use in self.uses]
         flat = np.zeros(int(np.prod(self.shape, dtype=np.int64)), np.result_type(*computed))
         for use, values in zip(reversed(self.uses), reversed(computed), strict=True):  # what the first use sees counts
-            seen = use.view(ex.push(use.expression, self._indices)).reshape(-1)
+            seen = self.places(use).reshape(-1)
             flat[seen[seen >= 0]] = values.reshape(-1)[seen >= 0]
         return np.take(flat, self._places)
 
@@ -172,6 +172,10 @@ class Weight:
         read = read[read >= 0]
         return (int(read[0]), -read.size) if read.size else (0, 0)
 
+    def places(self, use: Use) -> np.ndarray:
+        """Stored position of every element that a use reads, in role order; negative where another tensor stands."""
+        return use.view(ex.push(use.expression, self._indices))
+
     def _whole(self, use: Use) -> bool:
         """Whether a use reads every element once, as a numpy view of the stored array."""
         if sum(1 for _ in ex.leaves(use.expression)) != 1:
@@ -191,7 +195,7 @@ class Weight:
         parts: list[np.ndarray] = []
         taken = np.zeros(int(np.prod(self.shape, dtype=np.int64)), np.bool_)
         for use in self.uses:
-            part = _rectangle(use.view(ex.push(use.expression, self._indices)))
+            part = _rectangle(self.places(use))
             if part.shape in seen and parts and any(np.array_equal(part, p) for p in parts):
                 continue
             fresh = ~taken[part]

@@ -49,6 +49,8 @@ class Dataset:
     parts: tuple[Batch, ...]
     fixed: int | None
     """The model's fixed batch size, if it has one and the data are to be cut to it."""
+    whole: bool = False
+    """Whether each part is a feed that is run as it is."""
 
     @property
     def samples(self) -> int:
@@ -96,7 +98,7 @@ def load_data(source: DataSource, inputs: Sequence[ModelInput]) -> Dataset:
     if isinstance(source, Dataset):
         for part in source.parts[:1]:
             _check_feed(part.feed, inputs, "the data", whole=source.fixed is None)
-        return Dataset(inputs, source.parts, source.fixed)
+        return Dataset(inputs, source.parts, source.fixed, source.whole)
     if isinstance(source, (str, os.PathLike)):
         path = os.fspath(source)
         if _is_reference(path):
@@ -247,7 +249,7 @@ def _from_feeds(source: Iterable[Any], inputs: tuple[ModelInput, ...]) -> Datase
     if len({part.labels is None for part in parts}) > 1:
         missing = next(i for i, part in enumerate(parts) if part.labels is None)
         raise PruneError(f"feed {missing} has no labels while others have; give labels with all feeds or with none")
-    return Dataset(inputs, tuple(parts), None)
+    return Dataset(inputs, tuple(parts), None, whole=True)
 
 
 def _count(feed: Feed, labels: Array | None) -> int:

@@ -13,7 +13,7 @@ from onnxprune.algorithms import patterns
 from onnxprune.algorithms.allocate import ALLOCATIONS
 from onnxprune.algorithms.patterns import Units
 from onnxprune.algorithms.pruner import Clock, target
-from onnxprune.algorithms.scores import BN_SCALE, CHANNEL_SCORES
+from onnxprune.algorithms.scores import BN_SCALE, CALIBRATED, CHANNEL_SCORES, l1
 from onnxprune.config import Config
 from onnxprune.graph.weights import Skipped, check_finite
 from onnxprune.structure.coupling import Coupling, Group
@@ -39,6 +39,7 @@ def decide(
     clock: Clock,
     held: Mapping[str, np.ndarray] | None = None,
     align: int | None = None,
+    norms: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[dict[str, np.ndarray], list[Skipped]]:
     """Which channels go, at one point in time.
 
@@ -51,6 +52,7 @@ def decide(
         clock: where in its schedule each entry is.
         held: masks from earlier (True is kept, stored shape); channels they removed stay removed.
         align: counts are rounded to multiples of it; `lanes()` unless given.
+        norms: for scores from calibration data, the norms of each weight's inputs in role order.
 
     Returns:
         Group name -> boolean array, True where the channel goes; and the weights that cannot be pruned, with reasons.
@@ -76,6 +78,12 @@ def decide(
             reason = f"its channels are those of '{outside}', which the configuration leaves out"
             skipped[producers[0]] = Skipped(producers[0], coupling.by_name[producers[0]].op_type, reason)
             continue
+        unread = [name for name in producers if name not in (norms or {})]
+        if config.entries[index].score in CALIBRATED and unread:
+            if unread[0] != producers[0]:  # else the caller knows why
+                reason = f"its channels are those of '{unread[0]}', whose inputs cannot be read"
+                skipped[producers[0]] = Skipped(producers[0], coupling.by_name[producers[0]].op_type, reason)
+            continue
         shares = [target(config.entries[coupled[name]], clock) for name in producers]
         chosen.setdefault(index, []).append((group, min(0.0 if share is None else share for share in shares)))
     for pinned in coupling.pinned:
@@ -86,7 +94,7 @@ def decide(
         entry = config.entries[index]
         for share in sorted({share for _, share in groups}):
             part = [group for group, wanted in groups if wanted == share]
-            made = [units(coupling, group, entry.score, _held(group, held or {})) for group in part]
+            made = [units(coupling, group, entry.score, _held(group, held or {}), norms) for group in part]
             for group, unit, gone in zip(part, made, ALLOCATIONS[entry.allocation](made, share), strict=True):
                 removed[group.name] = rounded(group, gone, unit.scores, align, unit.held)
     return removed, list(skipped.values())
@@ -113,8 +121,10 @@ def _held(group: Group, held: Mapping[str, np.ndarray]) -> np.ndarray | None:
     return gone
 
 
-def scores(coupling: Coupling, group: Group, score: str) -> np.ndarray:
+def scores(coupling: Coupling, group: Group, score: str, norms: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
     """A score for each channel of a group: the mean over the weights whose outputs it is.
+
+    With a score from calibration data, the mean of the scores of its entries.
 
     With `bn_scale`, over the scales of the BatchNorms it passes; a group that passes none is scored by L1.
     """
@@ -133,7 +143,9 @@ def scores(coupling: Coupling, group: Group, score: str) -> np.ndarray:
         weight = coupling.by_name[member.name]
         entries = weight.values()
         check_finite(weight, entries)
-        per_output = CHANNEL_SCORES[score](entries.reshape(entries.shape[0], -1))
+        if score in CALIBRATED:
+            entries = CALIBRATED[score](entries, (norms or {})[member.name])
+        per_output = CHANNEL_SCORES.get(score, l1)(entries.reshape(entries.shape[0], -1))
         places = _outputs(weight.role(_positions(weight.shape, member.axis)), weight.shape[member.axis])
         per_place = np.bincount(places, per_output, weight.shape[member.axis]) / np.maximum(
             np.bincount(places, minlength=weight.shape[member.axis]), 1
@@ -143,13 +155,19 @@ def scores(coupling: Coupling, group: Group, score: str) -> np.ndarray:
     return result
 
 
-def units(coupling: Coupling, group: Group, score: str, held: np.ndarray | None) -> Units:
+def units(
+    coupling: Coupling,
+    group: Group,
+    score: str,
+    held: np.ndarray | None,
+    norms: Mapping[str, np.ndarray] | None = None,
+) -> Units:
     """The channels of a group as units of an allocation; a unit's size is the entries its producers lose."""
     entries = 0
     for member in group.producers:
         weight = coupling.by_name[member.name]
         entries += weight.size * int(member.places.shape[1]) // weight.shape[member.axis]
-    return Units(scores(coupling, group, score), entries, held, (group.size, entries))
+    return Units(scores(coupling, group, score, norms), entries, held, (group.size, entries))
 
 
 def rounded(group: Group, removed: np.ndarray, score: np.ndarray, align: int, held: np.ndarray | None) -> np.ndarray:

@@ -54,10 +54,15 @@ class Plan:
         return cls(couple(model, *sizes, shared, inexact), sizes)
 
     def decide(
-        self, config: Config, clock: Clock, held: Mapping[str, np.ndarray] | None = None, align: int | None = None
+        self,
+        config: Config,
+        clock: Clock,
+        held: Mapping[str, np.ndarray] | None = None,
+        align: int | None = None,
+        norms: Mapping[str, np.ndarray] | None = None,
     ) -> tuple[dict[str, np.ndarray], list[Skipped]]:
         """Choose channels; returns the masks that zero them (any stored tensor -> True is kept), and what is pinned."""
-        self.removed, skipped = channels.decide(config, self.coupling, clock, held, align)
+        self.removed, skipped = channels.decide(config, self.coupling, clock, held, align, norms)
         return shrink.kept(self.coupling, self.removed), skipped
 
     @property

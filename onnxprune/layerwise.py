@@ -1,0 +1,336 @@
+"""Pruning with calibration data, layer by layer in the order they run.
+
+A *part* is a matrix of a weight that is multiplied with rows of its own: usually the weight itself. SparseGPT chooses
+and updates its entries by the rows that it reads in the model as pruned so far; reconstruction refits what survives, so
+that from those rows it comes as close as it can to what it computed in the dense model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+
+from onnxprune.algorithms import reconstruct as least_squares
+from onnxprune.algorithms.patterns import Pattern, parse
+from onnxprune.algorithms.reconstruct import Moments
+from onnxprune.algorithms.scores import CALIBRATED
+from onnxprune.algorithms.sparsegpt import sparsegpt
+from onnxprune.config import SPARSEGPT, Config
+from onnxprune.graph import expression as ex
+from onnxprune.graph.companions import bias, only_reader, readers, stored
+from onnxprune.graph.model import Model, open_proto
+from onnxprune.graph.weights import FLOATS, Skipped, Weight, find
+from onnxprune.runtime.calibrate import Calibration, Layer, calibration, find_layers, moments, norms
+from onnxprune.runtime.feeds import Dataset
+from onnxprune.runtime.stream import Flat
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A matrix of a weight, and the operators that multiply it.
+
+    Attributes:
+        layers: the operators, each reading the same places.
+        groups: which groups of their rows count.
+        places: (groups, outputs, columns): stored position of each entry.
+    """
+
+    layers: tuple[Layer, ...]
+    groups: np.ndarray
+    places: np.ndarray
+
+    @property
+    def weight(self) -> Weight:
+        """The weight it is of."""
+        return self.layers[0].weight
+
+    @property
+    def place(self) -> int:
+        """The node at which it is settled: the first one that reads it."""
+        return self.layers[0].place
+
+
+@dataclass(frozen=True, eq=False)
+class Calibrated:
+    """A model with calibration data.
+
+    Attributes:
+        model: the model.
+        data: the data, in feeds.
+        layers: the weights that a configuration governs, at the operators that read them, in the order they run.
+        reasons: weights whose inputs cannot be read, and why.
+        notes: what a user should know about the data.
+    """
+
+    model: Model
+    data: Calibration
+    layers: tuple[Layer, ...]
+    reasons: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        weights: Sequence[Weight],
+        dataset: Dataset,
+        memory: str | float | None,
+        threads: int | None,
+    ) -> Calibrated:
+        """Find the layers of some weights, and cut the data to what memory allows.
+
+        Raises:
+            PruneError: the model does not run on the data.
+        """
+        layers, reasons = find_layers(model, weights)
+        return cls(model, calibration(model, dataset, layers, memory, threads), tuple(layers), reasons)
+
+    def norms(self, config: Config) -> dict[str, np.ndarray]:
+        """The norms of the inputs of all weights in role order, where a score needs them; see `calibrate.norms`."""
+        wanted = any(entry.score in CALIBRATED for entry in config.entries)
+        return norms(self.model, self.layers, self.data) if wanted else {}
+
+    def duplicate(self) -> Model:
+        """A copy of the model, which has not been edited yet: what reconstruction is held against."""
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.model.proto)
+        copy = open_proto(proto, self.model.folder, self.model.path)
+        copy.data, copy.origin = dict(self.model.data), self.model.origin
+        return copy
+
+    def apply(
+        self, config: Config, weights: Sequence[Weight], masks: Mapping[str, np.ndarray], dense: Model
+    ) -> dict[str, np.ndarray]:
+        """Choose and update entries by SparseGPT, and refit what survives, as a configuration asks.
+
+        Args:
+            config: the validated configuration.
+            weights: all weights of the model.
+            masks: stored tensor -> True where it is kept; put into the model already. For SparseGPT, they say how many
+                entries of each weight go.
+            dense: the model before.
+
+        Returns:
+            The masks, as SparseGPT chose them where it did.
+        """
+        chosen = {w.name: parse(config.entries[i].pattern) for i, own in config.assign(weights) for w in own}
+        found, fixed = parts([layer for layer in self.layers if layer.weight.name in masks])
+        refit = Refit(self.model, dense, self.data, {name: np.array(mask) for name, mask in masks.items()})
+        self.notes.extend(f"'{name}' is not refitted: {reason}" for name, reason in fixed.items())
+        refit.run(found, chosen if config.pruner == SPARSEGPT else {}, config.reconstruct)
+        self.notes.extend(refit.notes)
+        return refit.masks
+
+    def unread(self, config: Config, weights: Sequence[Weight]) -> list[Skipped]:
+        """The weights that a score needs the inputs of, which cannot be read."""
+        found = []
+        for index, chosen in config.assign(weights):
+            if config.entries[index].score in CALIBRATED or config.pruner == SPARSEGPT:
+                found += [Skipped(w.name, w.op_type, self.reasons[w.name]) for w in chosen if w.name in self.reasons]
+        return found
+
+
+def parts(layers: Sequence[Layer]) -> tuple[list[Part], dict[str, str]]:
+    """The matrices of some weights, in the order they run; and weights that cannot be changed as such, and why."""
+    by_weight: dict[str, list[Layer]] = {}
+    for layer in layers:
+        by_weight.setdefault(layer.weight.name, []).append(layer)
+    found: list[Part] = []
+    reasons: dict[str, str] = {}
+    for name, own in by_weight.items():
+        reason = _fixed(own)
+        made = {} if reason else _matrices(own)
+        if reason or isinstance(made, str):
+            reasons[name] = reason or str(made)
+        else:
+            found += made.values()
+    return sorted(found, key=lambda part: (part.place, part.layers[0].use.operand)), reasons
+
+
+def _fixed(layers: Sequence[Layer]) -> str:
+    """Why the values of a weight are left as they are; empty where they may change."""
+    weight = layers[0].weight
+    if "Embedding" in weight.op_types:
+        return "it is an embedding too, whose rows are not to change"
+    if weight.leaf.tensor.dtype not in FLOATS or not all(_plain(layer.use.expression) for layer in layers):
+        return "it is stored quantised or scaled"
+    return ""
+
+
+def _plain(expression: ex.Expression) -> bool:
+    if isinstance(expression, ex.Leaf):
+        return True
+    if isinstance(expression, ex.Scale):
+        return expression.keeps and _plain(expression.arg)
+    return all(_plain(arg) for arg in expression.args)
+
+
+def _matrices(layers: Sequence[Layer]) -> dict[bytes, Part] | str:
+    """The different matrices that operators read of one weight; or the reason why they are none."""
+    made: dict[bytes, Part] = {}
+    for layer in layers:
+        ours = layer.places >= 0
+        rows = np.all(ours, axis=2)
+        if (rows != ours.any(2)).any():
+            return "its inputs are joined with those of another tensor"
+        counts = rows.sum(1)
+        groups: np.ndarray = counts > 0
+        if len(set(counts[groups])) != 1:
+            return "its outputs are joined unevenly with those of another tensor"
+        places = layer.places[groups][rows[groups]].reshape(int(groups.sum()), -1, layer.places.shape[2])
+        key = places.tobytes() + str(places.shape).encode()
+        before = made.get(key)
+        made[key] = Part((layer,) if before is None else (*before.layers, layer), groups, places)
+    flat = np.concatenate([part.places.reshape(-1) for part in made.values()])
+    if np.unique(flat).size < flat.size:
+        return "operators read different parts of it that overlap"
+    return made
+
+
+@dataclass(eq=False)
+class Refit:
+    """A model changed layer by layer, beside the dense one.
+
+    Attributes:
+        model: the model, as far as it is pruned; it is changed.
+        dense: the model before; it is not changed.
+        data: what both run on.
+        masks: stored tensor -> True where it is kept; changed where SparseGPT chooses.
+        notes: what a user should know about the data.
+    """
+
+    model: Model
+    dense: Model
+    data: Calibration
+    masks: dict[str, np.ndarray]
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Both models stand at their inputs."""
+        self.flat = Flat.of(self.model)
+        self.tensors, self.originals = stored(self.model), stored(self.dense)
+        self.weights = {weight.name: weight for weight in find(self.dense)[0]}
+        self.read = readers(self.flat.proto.graph)
+        self.now, self.before = self.data.stream(self.model), self.data.stream(self.dense)
+        self._last: tuple[object, tuple[Moments, Moments]] | None = None
+        self._few: list[tuple[str, int, int]] = []
+
+    def run(self, found: Sequence[Part], patterns_: Mapping[str, Pattern], reconstruct: bool) -> None:
+        """Settle parts, and norms between them, in the order they run.
+
+        Args:
+            found: the parts.
+            patterns_: weight -> pattern, for those that SparseGPT chooses the entries of.
+            reconstruct: whether to refit what survives.
+        """
+        steps: list[tuple[int, Part | onnx.NodeProto]] = [(part.place, part) for part in found]
+        if reconstruct:
+            nodes = enumerate(self.flat.proto.graph.node)
+            steps += [(place, node) for place, node in nodes if node.op_type == "BatchNormalization"]
+        for place, step in sorted(steps, key=lambda pair: pair[0]):
+            if isinstance(step, Part):
+                self._settle(step, patterns_.get(step.weight.name), reconstruct)
+            else:
+                self._normalise(step, place)
+        self.notes += _too_few(self._few)
+
+    def _settle(self, part: Part, pattern: Pattern | None, reconstruct: bool) -> None:
+        weight = part.weight
+        original = self.weights[weight.name].storage.read().reshape(-1)[part.places].astype(np.float64)
+        tensor = weight.leaf.tensor
+        array = np.array(self.model.current(tensor))
+        flat, mask = array.reshape(-1), self.masks[weight.name].reshape(-1)
+        keep = mask[part.places]
+        halves = self._sums(part, reconstruct)
+        total = halves[0] + halves[1]
+        if total.count < total.x.shape[1]:
+            self._few.append((weight.name, total.count, total.x.shape[1]))
+        values = np.where(keep, flat[part.places].astype(np.float64), 0.0)
+        if pattern is not None:
+            inputs = part.places.shape[2] // part.layers[0].positions
+            values, gone = sparsegpt(original, total.xx, pattern, int(np.count_nonzero(~keep)), inputs)
+            keep = ~gone
+            mask[part.places] = keep
+        if reconstruct:
+            values = self._refitted(part, original, values, keep, halves)
+        flat[part.places] = values.astype(array.dtype)
+        self.model.edit(tensor, lambda _: array)
+
+    def _sums(self, part: Part, reconstruct: bool) -> tuple[Moments, Moments]:
+        """The sums over a part's rows, for two halves of the data; the last ones serve all weights that read them."""
+        key = (part.layers[0].inputs, part.groups.tobytes())
+        if self._last is not None and self._last[0] == key and len(part.layers) == 1:
+            return self._last[1]
+        self._last = None  # two at a time would take twice the memory
+        layers = [(layer, part.groups) for layer in part.layers]
+        found = moments(layers, self.now, self.before if reconstruct else None, self.data, part.place)
+        if len(part.layers) == 1:
+            self._last = key, found
+        return found
+
+    def _refitted(
+        self, part: Part, original: np.ndarray, values: np.ndarray, keep: np.ndarray, halves: tuple[Moments, Moments]
+    ) -> np.ndarray:
+        """Weights, and the bias, that come closest to what the dense layer computed."""
+        layer = part.layers[0]
+        whole = len(part.layers) == 1 and part.places.size == layer.places.size
+        outputs = part.places.shape[0] * part.places.shape[1]
+        own = bias(layer.node, layer.use.operand, outputs, self.tensors, self.read) if whole else None
+        after = only_reader(layer.node, self.read) if whole else None
+        free = own is not None or (after is not None and after.op_type == "BatchNormalization")
+        first, second = (half.centred() for half in halves) if free else halves
+        ridge = least_squares.choose_ridge(original, values, keep, (first, second))
+        total = halves[0] + halves[1]
+        fitted = least_squares.refit(original, values, keep, total.centred() if free else total, ridge)
+        if own is not None and total.count:
+            shift = np.einsum("gok,gk->go", original, total.d) - np.einsum("gok,gk->go", fitted, total.x)
+            self._store(own.name, lambda before: before + (shift / (total.count * own.factor)).reshape(before.shape))
+        return fitted
+
+    def _normalise(self, node: onnx.NodeProto, place: int) -> None:
+        """Move a BatchNorm's statistics as its input's have moved on the calibration data."""
+        if node.op_type != "BatchNormalization" or any(n not in self.tensors for n in node.input[3:5]):
+            return
+        if any(len(self.read[name]) > 1 for name in node.input[3:5]):
+            return  # shared with another norm
+        moved = [_statistics(stream.read([node.input[0]], place)) for stream in (self.now, self.before)]
+        (mean, variance), (mean_before, variance_before) = moved
+        alive = (variance > 0) & (variance_before > 0)
+        ratio = np.divide(variance, variance_before, out=np.ones_like(variance), where=alive)
+        self._store(node.input[3], lambda stored_: stored_ + np.where(alive, mean - mean_before, 0.0))
+        self._store(node.input[4], lambda stored_: stored_ * ratio)
+
+    def _store(self, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Give a stored vector new values, computed from the dense model's; what a mask zeroes stays zero."""
+        before = self.dense.read(self.originals[name])
+        after = change(before.astype(np.float64)).astype(before.dtype)
+        if name in self.masks:
+            after[~self.masks[name]] = 0
+        self.model.edit(self.tensors[name], lambda _: after)
+
+
+def _statistics(batches: Iterable[list[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of each channel (axis 1) over all batches."""
+    count, total, squares = 0, np.zeros(()), np.zeros(())
+    for (x,) in batches:
+        axes = (0, *range(2, x.ndim))
+        wide = x.astype(np.float64)
+        count += x.size // x.shape[1]
+        total, squares = total + wide.sum(axes), squares + np.square(wide).sum(axes)
+    mean = total / max(count, 1)
+    return mean, np.maximum(squares / max(count, 1) - mean**2, 0.0)
+
+
+def _too_few(few: Sequence[tuple[str, int, int]]) -> list[str]:
+    """What to say of layers that see fewer rows than they have inputs."""
+    if not few:
+        return []
+    name, count, inputs = max(few, key=lambda item: item[2] / max(item[1], 1))
+    what = f"{len(few)} weights" if len(few) > 1 else "one weight"
+    return [
+        f"the calibration data are few: {what} have more inputs than rows to fit them to ('{name}': {inputs} inputs, "
+        f"{count} rows), so that a ridge decides what the data leave open; more samples help"
+    ]
