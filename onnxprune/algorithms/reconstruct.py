@@ -18,7 +18,7 @@ RIDGES = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 RIDGE = 1e-2
 """The one taken where the data cannot be parted to try them."""
 
-TRIED = 24
+TRIED = 8
 """Outputs of a layer that are refitted to choose a strength."""
 
 
