@@ -81,13 +81,30 @@ def make(name: str, seed: int) -> keras.Model:
     return net
 
 
-def trainer(net: keras.Model) -> Callable[[Any, Any, float], None]:
-    """A function that takes one optimizer step (Adam, its state fresh) at a learning rate."""
+def trainer(
+    net: keras.Model, teacher: keras.Model | None = None, temperature: float = 1.0, soft: float = 0.0
+) -> Callable[[Any, Any, float], None]:
+    """A function that takes one optimizer step (Adam, its state fresh) at a learning rate.
+
+    `soft` is the share that the outputs of a teacher have in the loss.
+    """
     for variable in net.optimizer.variables:
         variable.assign(np.zeros(variable.shape, variable.dtype))
+    if teacher is not None:
+        hard = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+        def loss(y: Any, outputs: Any) -> Any:
+            """Labels stand in the first column of y, the teacher's outputs in the others."""
+            wanted = keras.ops.softmax(y[:, 1:] / temperature)
+            distilled = keras.losses.categorical_crossentropy(wanted, outputs / temperature, from_logits=True)
+            return (1 - soft) * hard(y[:, 0], outputs) + soft * temperature**2 * keras.ops.mean(distilled)
+
+        net.compile(optimizer=net.optimizer, loss=loss, jit_compile=False)
 
     def step(x: Any, y: Any, learning_rate: float) -> None:
         net.optimizer.learning_rate.assign(learning_rate)
+        if teacher is not None:
+            y = np.concatenate([y[:, None].astype("float32"), teacher.predict_on_batch(x)], 1)
         net.train_on_batch(x, y)
 
     return step

@@ -61,14 +61,25 @@ def make(name: str, seed: int) -> nn.Module:
     return NETS[name]()
 
 
-def trainer(net: nn.Module) -> Callable[[Any, Any, float], None]:
-    """A function that takes one optimizer step (Adam) at a learning rate."""
+def trainer(
+    net: nn.Module, teacher: nn.Module | None = None, temperature: float = 1.0, soft: float = 0.0
+) -> Callable[[Any, Any, float], None]:
+    """A function that takes one optimizer step (Adam) at a learning rate.
+
+    `soft` is the share that the outputs of a teacher have in the loss.
+    """
     optimizer = torch.optim.Adam(net.parameters())
 
     def step(x: Any, y: Any, learning_rate: float) -> None:
         optimizer.param_groups[0]["lr"] = learning_rate
         optimizer.zero_grad()
-        functional.cross_entropy(net(torch.from_numpy(x)), torch.from_numpy(y)).backward()
+        outputs = net(torch.from_numpy(x))
+        loss = (1 - soft) * functional.cross_entropy(outputs, torch.from_numpy(y))
+        if teacher is not None:
+            with torch.no_grad():
+                wanted = functional.softmax(teacher(torch.from_numpy(x)) / temperature, 1)
+            loss = loss + soft * temperature**2 * functional.cross_entropy(outputs / temperature, wanted)
+        loss.backward()
         optimizer.step()
 
     return step

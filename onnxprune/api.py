@@ -322,7 +322,7 @@ def run(
     if not weights and untouched:
         first, more = untouched[0], len(untouched) - 1
         raise PruneError(
-            "the model has no weights that can be pruned: "
+            "the configuration matches no weight: the model has none that can be pruned; "
             f"'{first.name}' ({first.op_type}) is left alone: {first.reason}"
             + (f"; and so are {more} more" * (more > 0))
         )
