@@ -165,27 +165,64 @@ def test_channels_beside_single_entries():
     pruner.remove()
 
 
-def test_widths_of_multi_head_attention_that_are_zero():
-    """The zeros may come from anywhere; here, half the width of the values in every head.
+def recurrent() -> keras.Model:
+    both = L.Bidirectional(L.LSTM(8, return_sequences=True), name="both")
+    layers = [both, L.GRU(12, return_sequences=True, name="gru"), L.SimpleRNN(6, name="rnn"), L.Dense(5, name="last")]
+    return keras.Sequential([keras.Input((7, 5), name="x"), *layers])
 
-    tf2onnx orders an einsum's nodes anew in every process, and with them goes whether the widths of the values or
-    those of queries and keys are found to be free.
-    """
-    x = keras.Input((7, 8))
-    attended = L.MultiHeadAttention(4, 4, name="attention")(x, x)
-    model = keras.Model(x, L.Dense(3)(L.GlobalAveragePooling1D()(attended)))
-    layer = model.get_layer("attention")
-    for dense, axis in ((layer._value_dense, -1), (layer._output_dense, 1)):
-        kernel = dense.kernel.numpy()
-        np.moveaxis(kernel, axis, 0)[2:] = 0
-        dense.kernel.assign(kernel)
-    binding = bind(model)
-    free = any(m.name == "attention/value/kernel" for g in binding.channels.coupling.groups for m in g.members)
-    small = binding.shrink(model)
-    assert tuple(small.get_layer("attention")._value_dense.kernel.shape) == (8, 4, 2 if free else 4)
-    assert small.get_layer("attention").get_config()["value_dim"] == (2 if free else 4)
-    inputs = np.random.default_rng(0).normal(size=(2, 7, 8)).astype(np.float32)
-    close(model(inputs).numpy(), small(inputs).numpy())
+
+def attention() -> keras.Model:
+    x = keras.Input((7, 5), name="x")
+    h = L.Dense(16, name="first")(x)
+    h = L.MultiHeadAttention(4, 4, name="attention")(h, h)
+    h = L.GroupQueryAttention(4, 4, 2, name="shared")(h, h)
+    return keras.Model(x, L.Dense(3, name="last")(L.GlobalAveragePooling1D()(h)))
+
+
+SEQUENCES = {
+    "recurrent": (
+        recurrent,
+        {"forward_lstm": (8, 4), "backward_lstm": (8, 4), "gru": (12, 6), "rnn": (6, 3)},
+        {"forward_lstm": 4, "backward_lstm": 4, "gru": 6, "rnn": 3},
+    ),
+    "attention": (
+        attention,
+        {"first": (16, 8), "attention": (4, 2), "attention_output": (16, 8), "shared": (2, 1)},
+        {"attention": 2, "shared": 2},
+    ),
+}
+"""Name -> the net; its groups of units and heads, and how many are kept; units or heads of the smaller layers."""
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_units_and_heads_of_layers_for_sequences(name, tmp_path):
+    """A recurrent layer is a loop that hands its weights on; an attention layer's kernels have an axis of heads."""
+    keras.utils.set_random_seed(0)
+    net, groups, left = SEQUENCES[name]
+    model, rng = net(), np.random.default_rng(0)
+    for variable in model.variables:
+        variable.assign(variable + rng.uniform(-0.3, 0.3, variable.shape))
+    x = rng.normal(size=(3, 7, 5)).astype(np.float32)
+    pruner = LevelPruner(HALF)(model, x, align=1)
+    assert {_owner(g.name, groups): (g.size, g.kept) for g in pruner.report.groups if _owner(g.name, groups)} == groups
+    masked = model(x, training=False).numpy()
+    pruner.export(tmp_path / "small.onnx", x)
+    close(masked, open_session(tmp_path / "small.onnx").run({"x": x})[0])
+    small = pruner.shrink()
+    close(masked, small(x, training=False).numpy())
+    assert small.count_params() < 0.5 * model.count_params()
+    layers = {layer.name: layer for layer in small.layers}
+    if "both" in layers:
+        layers |= {"forward_lstm": layers["both"].forward_layer, "backward_lstm": layers["both"].backward_layer}
+    counts = ("units", "num_heads", "num_query_heads")
+    said = {key: layers[key].get_config() for key in left}
+    assert {key: next(config[c] for c in counts if c in config) for key, config in said.items()} == left
+    pruner.remove()
+
+
+def _owner(name: str, owners) -> str | None:
+    """The innermost part of a variable's path that is one of some names."""
+    return next((part for part in reversed(name.split("/")) if part in owners), None)
 
 
 def test_what_cannot_be_rebuilt_is_refused_by_name():

@@ -358,6 +358,17 @@ ATTENTION = [
         opset=23,
     ),
     between(
+        "linear attention",
+        f"{HEADS} e = MatMul(h, we) d = Neg(e) f = MatMul(h, wf) b = Sigmoid(f) z, s = LinearAttention<q_num_heads = 8,"
+        ' kv_num_heads = 4, update_rule = "gated_delta">(q, k, v, past, d, b)',
+        {"wq": (8, 24), "wk": (8, 12), "wv": (8, 8), "we": (8, 4), "wf": (8, 4), "past": (2, 4, 3, 2)},
+        ("w1 8", "wq 4x6 heads"),
+        last=16,
+        opset=27,
+        batch="2",
+        length="5",
+    ),
+    between(
         "attention of 4 axes with a past",
         f"{HEADS} q4 = Reshape(q, s) k4 = Reshape(k, s) v4 = Reshape(v, s) qt = Transpose<perm = [0, 2, 1, 3]>(q4)"
         " kt = Transpose<perm = [0, 2, 1, 3]>(k4) vt = Transpose<perm = [0, 2, 1, 3]>(v4)"

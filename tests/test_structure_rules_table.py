@@ -13,34 +13,13 @@ from onnxprune.structure import facts as known
 from onnxprune.structure.control import CONTROLS
 from onnxprune.structure.labels import Labels
 from onnxprune.structure.rules import RULES, SHAPES
+from onnxprune.structure.rules.without import WITHOUT
 from onnxprune.structure.site import NoRule, Site
-
-WITHOUT = {
-    # Their results have as many positions as the data say.
-    *("Compress", "NonMaxSuppression", "NonZero", "Unique"),
-    # Their entries depend on how many positions there are, or on where these lie.
-    *(
-        "LinearAttention",
-        "MaxUnpool",
-        "NegativeLogLikelihoodLoss",
-        "STFT",
-        "SoftmaxCrossEntropyLoss",
-        "TfIdfVectorizer",
-    ),
-    # Two runs do not give the same.
-    *("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"),
-    # They work on sequences and optional values, which have no axes.
-    *("ConcatFromSequence", "Optional", "OptionalGetElement", "OptionalHasElement", "SequenceAt", "SequenceConstruct"),
-    *("SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceLength", "SequenceMap", "SplitToSequence"),
-    # They work on text and files.
-    *("ImageDecoder", "RegexFullMatch", "StringConcat", "StringNormalizer", "StringSplit"),
-}
-"""Operators of ai.onnx that pin what they touch."""
 
 UNREAD = {("Shape", 0), ("Size", 0), ("CastLike", 1)}
 """Operands of which only the sizes, or the type, are read."""
 
-PICKING = {"Gather", "Slice"}
+PICKING = {"Compress", "Gather", "Slice"}
 """Operators that leave positions out."""
 
 NOT_AMONG_CASES = {"Cast", "CastLike", "GlobalLpPool", "MaxRoiPool", "SimplifiedLayerNormalization"}
@@ -49,7 +28,7 @@ NOT_AMONG_CASES = {"Cast", "CastLike", "GlobalLpPool", "MaxRoiPool", "Simplified
 
 def test_which_operators_have_no_rule() -> None:
     operators = {schema.name for schema in defs.get_all_schemas_with_history() if schema.domain == ""}
-    assert operators - {op for domain, op in RULES if domain == ""} - CONTROLS == WITHOUT
+    assert operators - {op for domain, op in RULES if domain == ""} - CONTROLS == set(WITHOUT)
 
 
 def representative() -> dict[str, list[tuple[onnx.ModelProto, list]]]:

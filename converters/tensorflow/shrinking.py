@@ -95,9 +95,12 @@ def _rebuilt(layer: Any, size: Callable[[Any], Shape]) -> Any:
     if _layered(layer):
         return _clone(layer, size)
     config = layer.get_config()
-    inner = getattr(layer, "layer", None)
-    if isinstance(layer, keras.layers.TimeDistributed) and inner is not None:
-        config["layer"]["config"].update(sizes(inner, size))
+    inner = {"layer": "layer"} if isinstance(layer, keras.layers.TimeDistributed) else {}
+    if isinstance(layer, keras.layers.Bidirectional):
+        inner = {"layer": "forward_layer", "backward_layer": "backward_layer"}
+    for key, attribute in inner.items():
+        if config.get(key) is not None:
+            config[key]["config"].update(sizes(getattr(layer, attribute), size))
     return type(layer).from_config({**config, **sizes(layer, size)})
 
 
@@ -129,6 +132,9 @@ def sizes(layer: Any, size: Callable[[Any], Shape]) -> dict[str, Any]:
     if isinstance(layer, kinds.GroupNormalization):
         scale = layer.gamma if layer.scale else layer.beta
         return {} if scale is None else {"groups": layer.groups * size(scale)[0] // scale.shape[0]}
+    if isinstance(layer, kinds.GroupQueryAttention):
+        query, key = size(layer._query_dense.kernel), size(layer._key_dense.kernel)
+        return {"head_dim": query[2], "num_query_heads": query[1], "num_key_value_heads": key[1]}
     if isinstance(layer, kinds.MultiHeadAttention):
         return _attention(layer, size)
     if isinstance(layer, kinds.EinsumDense):

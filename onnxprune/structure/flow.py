@@ -12,6 +12,7 @@ from onnxprune.structure.control import CONTROLS, control
 from onnxprune.structure.facts import STANDARD_DOMAINS, Facts, describe
 from onnxprune.structure.labels import Axes, Labels, Misfit
 from onnxprune.structure.rules import RULES
+from onnxprune.structure.rules.without import WITHOUT
 from onnxprune.structure.site import NoRule, Nulls, Site
 
 
@@ -93,7 +94,8 @@ class Flow:
         try:
             if rule is None:
                 name = f"{node.domain}.{node.op_type}" if site.domain else node.op_type
-                raise NoRule(f"{describe(node)} has no rule (operator {name})")
+                why = "" if site.domain else WITHOUT.get(node.op_type, "")
+                raise NoRule(f"{describe(node)} {why or f'has no rule (operator {name})'}")
             rule.tie(site)
             outputs = [name for name in node.output if name]
             if len(site.outputs) < len(outputs):

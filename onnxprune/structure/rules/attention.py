@@ -90,6 +90,40 @@ def _resize_heads(site: Site, cut: Cut) -> None:
             cut.set_attribute(site, name, int(site.attribute(name)) * cut.count(axis) // axis.size)
 
 
+def _linear_attention(site: Site) -> None:
+    """Heads of keys and values, each with its queries and its state of (key positions, value positions)."""
+    (batch, length, query), key, value = (site.axes(i) for i in range(3))
+    count = int(site.attribute("kv_num_heads"))
+    heads = site.labels.fresh(count)
+    site.labels.prefer(heads)
+    sharing = site.fixed(int(site.attribute("q_num_heads")) // count, "has queries for each head of keys")
+    inner = site.fixed(key[2].size // count, INNER)
+    columns = site.fixed(value[2].size // count, "keeps whole heads")
+    for operand in range(6):
+        if site.has(operand):
+            site.labels.tie(batch, site.axes(operand)[0])
+            if operand != 3:
+                site.pin(site.axes(operand)[1], "runs along it")
+    site.labels.relate(query, [heads, sharing, inner], site.what)
+    site.labels.relate(key[2], [heads, inner], site.what)
+    site.labels.relate(value[2], [heads, columns], site.what)
+    if site.has(3):
+        for axis, other in zip(site.axes(3)[1:], (heads, inner, columns), strict=True):
+            site.labels.tie(axis, other)
+    for operand in (4, 5):  # decay and beta: for each position, for each head, or for all
+        if site.has(operand):
+            axis = site.axes(operand)[2]
+            each = axis.size // count
+            if each:
+                site.labels.relate(axis, [heads, site.fixed(each, "keeps whole heads")], site.what)
+            else:
+                site.pin(axis, "is for all heads")
+    made = site.labels.merge([heads, sharing, columns], site.what)
+    site.give([batch, site.fixed(length.size, "runs along it"), made])
+    if len(site.node.output) > 1:
+        site.give([batch, heads, inner, columns])
+
+
 def _rotary(site: Site) -> None:
     """(batch, heads, sequence, positions) or (batch, sequence, heads and positions)."""
     axes = site.axes()
@@ -143,6 +177,7 @@ def _causal_conv(site: Site) -> None:
 
 RULES: dict[tuple[str, str], Rule] = {
     ("", "Attention"): Rule(_attention, _resize_heads),
+    ("", "LinearAttention"): Rule(_linear_attention, _resize_heads),
     ("", "RotaryEmbedding"): Rule(_rotary, _resize_rotary),
     ("", "CausalConvWithState"): Rule(_causal_conv),
 }

@@ -160,6 +160,15 @@ def _det(site: Site) -> None:
     site.give(axes[:-2])
 
 
+def _stft(site: Site) -> None:
+    """Windows along time, each one transformed: signals apart from each other."""
+    for axis in site.axes()[1:]:
+        site.pin(axis, "mixes the samples of a window")
+    for operand in (1, 2, 3):
+        hold(site, operand, "takes windows by it")
+    site.give([site.axes()[0], *(site.fixed(size, "mixes the samples of a window") for size in site.result()[1:])])
+
+
 def _dft(site: Site) -> None:
     """The last axis holds real and imaginary parts."""
     axes = list(site.axes())
@@ -182,6 +191,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("", "RMSNormalization"): Rule(_layer_norm),
     ("", "SimplifiedLayerNormalization"): Rule(_layer_norm),
     ("", "DFT"): Rule(_dft),
+    ("", "STFT"): Rule(_stft),
     ("", "Det"): Rule(_det),
     ("", "LRN"): Rule(_lrn),
     ("", "MeanVarianceNormalization"): Rule(_mean_variance),

@@ -9,7 +9,7 @@ from onnx import helper
 
 from onnxprune.structure.labels import Axis
 from onnxprune.structure.rules.elementwise import hold
-from onnxprune.structure.site import Cut, Rule, Site
+from onnxprune.structure.site import Cut, NoRule, Rule, Site
 
 
 def _varying(site: Site, operands: Sequence[int], count: int) -> np.ndarray:
@@ -124,6 +124,31 @@ def _resize_gather(site: Site, cut: Cut) -> None:
     if indices.ndim == 1:
         places = places[alive[places]]
     cut.set_operand(site, 1, (np.cumsum(alive) - 1)[places].astype(indices.dtype))
+
+
+def _compress(site: Site) -> None:
+    """A Gather of the places where a condition holds, which has to be settled."""
+    axes, kept = site.axes(), np.flatnonzero(site.settled(1))
+    if site.content_varies(1).any():
+        raise NoRule(f"{site.what} picks by a condition that varies from run to run")
+    hold(site, 1, "picks by it")
+    if site.attribute("axis") is None:
+        for axis in axes:
+            site.pin(axis, "picks from all axes as if they were one")
+        site.give_fixed("picks from all axes as if they were one")
+        return
+    along = site.axis()
+    site.give([a[kept] if i == along else a for i, a in enumerate(axes)], site.null(0))
+
+
+def _resize_compress(site: Site, cut: Cut) -> None:
+    if site.attribute("axis") is None:
+        return
+    axis, condition = site.axes()[site.axis()], site.settled(1).reshape(-1)
+    if cut.touches([axis]):
+        whole = np.zeros(axis.size, np.bool_)  # what a condition does not reach is left out
+        whole[: condition.size] = condition
+        cut.set_operand(site, 1, whole[cut.alive(axis)])
 
 
 def _beside(site: Site, axis: int, *operands: int) -> None:
@@ -354,6 +379,7 @@ def _along(attribute: str, why: str, operand: int | None = None, keeps: bool = T
 RULES: dict[tuple[str, str], Rule] = {
     ("", "Slice"): Rule(_slice, _resize_slice),
     ("", "Gather"): Rule(_gather, _resize_gather),
+    ("", "Compress"): Rule(_compress, _resize_compress),
     ("", "GatherElements"): Rule(_gather_elements),
     ("", "GatherND"): Rule(_gather_nd),
     **{("", op): Rule(_scatter_elements) for op in ("Scatter", "ScatterElements")},

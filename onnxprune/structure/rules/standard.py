@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 
 from onnxprune.structure.facts import Facts, Shape, ShapeRule
@@ -25,7 +26,17 @@ def _like_first(node: onnx.NodeProto, facts: Facts) -> list[Shape | None]:
     return [facts.shapes.get(node.input[0])]
 
 
+def _picked(node: onnx.NodeProto, facts: Facts) -> list[Shape | None]:
+    """As many positions as a condition that is settled says, along one axis or of all."""
+    shape, condition = facts.shapes.get(node.input[0]), facts.contents.get(node.input[1])
+    if shape is None or condition is None:
+        return [None]
+    count, along = int(np.count_nonzero(condition)), next((a.i for a in node.attribute if a.name == "axis"), None)
+    return [(count,) if along is None else (*shape[: along % len(shape)], count, *shape[along % len(shape) + 1 :])]
+
+
 SHAPES: dict[tuple[str, str], ShapeRule] = {
-    ("", op): _like_first for op in ("GroupNormalization", "MeanVarianceNormalization")
+    **{("", op): _like_first for op in ("GroupNormalization", "MeanVarianceNormalization")},
+    ("", "Compress"): _picked,
 }
-"""Operators that ONNX defines as functions, whose shapes its inference does not know."""
+"""Operators whose shapes ONNX's inference does not know: functions, and sizes that contents say."""
