@@ -392,3 +392,33 @@ def test_norms_over_channels_lose_some_where_that_is_asked_for(name):
     normal = centred / np.sqrt((centred**2).mean(1, keepdims=True) + 1e-5 * (name == "layer norm"))
     wanted = (normal * arrays["s"][stays] + arrays["t"][stays]) @ arrays["b"][stays]
     assert run(result.to_proto(), x) == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("form", ["whole", "by hand"])
+def test_group_norms_lose_as_many_channels_of_every_group_where_that_is_asked_for(form):
+    """Exactly, a group goes as a whole; else what comes out is the norm over what is left of each group."""
+    norm = {
+        "whole": "n = GroupNormalization<num_groups = 2>(h, s, t)",
+        "by hand": "g = Reshape(h, parts) i = InstanceNormalization(g, one, nought) u = Reshape(i, whole) "
+        "s3 = Unsqueeze(s, two) t3 = Unsqueeze(t, two) d = Mul(u, s3) n = Add(d, t3)",
+    }[form]
+    text = f"g (float[N,3,5] x) => (float[N,2,5] y) {{h = Conv(x, a) {norm} y = Conv(n, b)}}"
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 21]> {text}')
+    rng = np.random.default_rng(0)
+    sizes = {"a": (16, 3, 1), "b": (2, 16, 1), "s": 16, "t": 16}
+    arrays = {k: rng.standard_normal(s).astype(np.float32) for k, s in sizes.items()}
+    shapes = {"parts": np.array([0, 2, -1]), "whole": np.array([-1, 16, 5]), "two": np.array([1])}
+    fills = {"one": np.ones(2, np.float32), "nought": np.zeros(2, np.float32)}
+    stored = arrays | (shapes | fills if form == "by hand" else {})
+    model.graph.initializer.extend(numpy_helper.from_array(array, key) for key, array in stored.items())
+    exact = onnxprune.prune(model, HALF, align=1)
+    assert [(g.size, g.width, g.kept) for g in exact.report.groups] == [(2, 8, 1)]
+    result = onnxprune.prune(model, HALF, align=1, inexact=True)
+    assert [(g.size, g.width, g.kept) for g in result.report.groups] == [(8, 2, 4)]
+    stays = result.masks["a"].any((1, 2))
+    assert (stays.reshape(2, 8).sum(1) == 4).all()
+    x = rng.standard_normal((3, 3, 5)).astype(np.float32)
+    h = np.einsum("oi,nit->not", arrays["a"][stays, :, 0], x).reshape(3, 2, -1)
+    h = ((h - h.mean(2, keepdims=True)) / np.sqrt(h.var(2, keepdims=True) + 1e-5)).reshape(3, 8, 5)
+    wanted = np.einsum("oc,nct->not", arrays["b"][:, stays, 0], h * arrays["s"][stays, None] + arrays["t"][stays, None])
+    assert run(result.to_proto(), x) == pytest.approx(wanted, rel=1e-4, abs=1e-5)

@@ -351,8 +351,7 @@ def test_refused(name: str) -> None:
     found_ = explain(net.model())
     assert found_.groups == ()
     reasons = {pinned.name: pinned.reason for pinned in found_.pinned}
-    operator = name.rpartition(".")[2]
-    assert reasons["w1"].startswith(f"{operator} 'c'")
+    assert reasons["w1"].startswith(f"{name.rpartition('.')[2]} 'c'")
     assert REFUSED[name] in reasons["w1"]
 
 

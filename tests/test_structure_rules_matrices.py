@@ -45,6 +45,13 @@ NETS = [
     between("a stack of matrices", "z = MatMul(h, w2)", {"w2": (2, 8, 6)}, ("w1 8", "w2 6"), last=6, batch="2"),
     between("a vector", "v = MatMul(h, w2) u = Unsqueeze(v, a) z = Mul(u, h)", {"w2": (8,), "a": ints(-1)}),
     between(
+        "picked by a condition",
+        "c = Compress<axis = -1>(h, which) z = Relu(c)",
+        {"which": np.array([True, False, True, True, True, True, False])},
+        ("w1 5", "w1#2 3"),
+        last=5,
+    ),
+    between(
         "weights on the left",
         "t = Transpose<perm = [0, 2, 1]>(h) m = MatMul(w2, t) z = Transpose<perm = [0, 2, 1]>(m)",
         {"w2": (6, 8)},

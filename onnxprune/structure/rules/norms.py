@@ -40,7 +40,7 @@ def _instance_norm(site: Site) -> None:
     for operand in (1, 2):
         site.labels.tie(axes[1], site.axes(operand)[0])
     for i, axis in enumerate(axes[2:], 2):
-        site.pin(axis, f"normalises over axis {i}")
+        site.average(axis, f"normalises over axis {i}")
     null = _affine(site, 1, 2)
     site.give(axes, [i == 1 and null for i in range(len(axes))])
 
@@ -49,7 +49,7 @@ def _group_norm(site: Site) -> None:
     axes = site.axes()
     count = int(site.attribute("num_groups"))
     groups, offsets = site.labels.split(axes[1], (count, axes[1].size // count), site.what)
-    site.pin(offsets, "normalises over the channels of a group")
+    site.average(offsets, "normalises over the channels of a group")
     for i, axis in enumerate(axes[2:], 2):
         site.pin(axis, f"normalises over axis {i}")
     for operand in (1, 2):
@@ -60,8 +60,9 @@ def _group_norm(site: Site) -> None:
 
 
 def _resize_group_norm(site: Site, cut: Cut) -> None:
-    old = site.axes()[1].size
-    cut.set_attribute(site, "num_groups", int(site.attribute("num_groups")) * cut.count(site.axes()[1]) // old)
+    """Groups that have a channel left; where another average is accepted, that may be all."""
+    alive = cut.alive(site.axes()[1]).reshape(int(site.attribute("num_groups")), -1)
+    cut.set_attribute(site, "num_groups", int(alive.any(1).sum()))
 
 
 def _layer_norm(site: Site) -> None:
