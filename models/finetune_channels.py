@@ -5,7 +5,8 @@
 
 Per net and seed: train; then from the same weights once train on and once train on while AGP takes half of the
 channels. Accuracies are those of the exported files under onnxruntime on the test images after the last epoch; latency
-is the median of one thread on one image, the two files run in turns. The bar is half a point of accuracy.
+is the median of one thread on one image, the two files run in turns. The bar is half a point of accuracy. The recipe is
+that of `finetune.py`.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from typing import Any
 import _nets_torch as framework
 import numpy as np
 import torch
-from finetune import BATCH, PEAK, TASKS, batches, rate, spread
+from finetune import BATCH, PEAK, SOFT, TASKS, TEMPERATURE, batches, rate, spread
 from onnxprune.converters.torch import LevelPruner
 from rich.console import Console
 from rich.table import Table
 
 import onnxprune
 
-EPOCHS = {"lenet5": (20, 20, 10), "animal-cnn": (12, 40, 20)}
+EPOCHS = {"lenet5": (20, 20, 10), "animal-cnn": (12, 60, 25)}
 """Of training; of fine-tuning; and of these, those until AGP is at its end."""
 
 SPARSITY, BAR = 0.5, 0.5
@@ -38,9 +39,11 @@ def run(name: str, seed: int, epochs: tuple[int, int, int]) -> tuple[float, ...]
     example = torch.from_numpy(x_test[:2].astype("float32"))
     first, second, rise = epochs
 
-    def train(net: Any, count: int, peak: float, rng: np.random.Generator, pruner: Any = None) -> None:
-        steps = count * -(-len(x) // BATCH)
-        fit, step = framework.trainer(net), 0
+    def train(
+        net: Any, count: int, peak: float, rng: np.random.Generator, pruner: Any = None, teacher: Any = None
+    ) -> None:
+        steps, step = count * -(-len(x) // BATCH), 0
+        fit = framework.trainer(net) if teacher is None else framework.trainer(net, teacher, TEMPERATURE, SOFT)
         for epoch in range(1, count + 1):
             for images, labels in batches(task, x, y, rng):
                 fit(images, labels, rate(step, steps, peak))
@@ -62,11 +65,11 @@ def run(name: str, seed: int, epochs: tuple[int, int, int]) -> tuple[float, ...]
         files = [Path(folder) / "dense.onnx", Path(folder) / "small.onnx"]
         train(net, second, PEAK[1], np.random.default_rng(seed + 1000))
         LevelPruner([{"sparsity": 0.0}])(net).export(files[0], example)
-        net = framework.make(name, seed)
+        teacher, net = net if task.distilled else None, framework.make(name, seed)
         framework.load(net, start)
         entry = {"final_sparsity": SPARSITY, "end_epoch": rise, "pattern": "channel", "op_types": "default"}
         pruner = framework.AGPPruner([entry])(net, example)
-        train(net, second, PEAK[1], np.random.default_rng(seed + 1000), pruner)
+        train(net, second, PEAK[1], np.random.default_rng(seed + 1000), pruner, teacher)
         pruner.export(files[1])
         timed = onnxprune.benchmark(files[1], files[0])
         assert timed.baseline is not None
