@@ -10,7 +10,7 @@ from nets import parse
 import onnxprune
 from onnxprune.errors import PruneError
 from onnxprune.graph.model import load
-from onnxprune.lowering import forms
+from onnxprune.lowering import forms, order
 from onnxprune.lowering.latency import DENSE
 from onnxprune.lowering.lower import lowered
 from onnxprune.structure import verify
@@ -162,3 +162,63 @@ def test_verification_can_be_left_out():
     _, report = lowered(masked(NETS["conv"]).model, latencies=Always(), check=False)
     assert report.difference is None
     assert verify.TOLERANCE == 1e-4
+
+
+CHAIN = """(float[N, 16, 9, 9] x) => (float[] y) {
+    a = Conv <pads = [1, 1, 1, 1]> (x, w1, b1)
+    r = Relu (a)
+    d = Conv <pads = [1, 1, 1, 1], group = 32> (r, w2, b2)
+    n = BatchNormalization (d, scale, bias, mean, var)
+    c = Conv (n, w3, b3)
+    %s
+}"""
+
+
+def chain(end: str) -> onnx.ModelProto:
+    """Convolutions whose groups lie scattered, one behind the other."""
+    rng = np.random.default_rng(5)
+    arrays = {name: rng.normal(size=32).astype(F32) for name in ("b1", "b2", "b3", "scale", "bias", "mean")}
+    arrays["var"] = rng.random(32).astype(F32) + 0.5
+    for name, shape in (("w1", (32, 16, 3, 3)), ("w2", (32, 1, 3, 3)), ("w3", (32, 32, 1, 1)), ("w4", (32, 32))):
+        arrays[name] = rng.normal(size=shape).astype(F32)
+    return parse(CHAIN % end, **arrays)
+
+
+ENDS = {
+    "t = Transpose <perm = [0, 2, 3, 1]> (c) y = MatMul (t, w4)": 0,
+    "p = GlobalAveragePool (c) f = Flatten (p) y = Gemm (f, w4)": 0,
+    "y = Relu (c)": 1,
+    "s = Add (c, r) t = Transpose <perm = [0, 2, 3, 1]> (s) y = MatMul (t, w4)": 1,  # both layers feed one sum
+    "s = Softmax <axis = 1> (c) t = Transpose <perm = [0, 2, 3, 1]> (s) y = MatMul (t, w4)": 1,
+    "s = Slice (c, from, to, axis) q = Concat <axis = 1> (s, s) t = Transpose <perm = [0, 2, 3, 1]> (q) "
+    "y = MatMul (t, w4)": 1,
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_outputs_take_the_order_of_their_groups_where_readers_can_follow(end):
+    """The first layer's order goes through ReLU, depthwise convolution and norm; the last one's as far as the end lets
+    it. What is left is one Gather that puts outputs back."""
+    proto = chain(end)
+    for name, value in (("from", 0), ("to", 16), ("axis", 1)):
+        if f" {name}" in end:
+            proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array([value], np.int64), name))
+    entry = {"sparsity": 0.5, "op_names": ["w1", "w3"], "pattern": "grouped:8"}
+    result = onnxprune.prune(proto, [entry], keep_shape=True)
+    model, report = lowered(result.model, latencies=Always())
+    assert [row.groups for row in report.rows] == [4, 4]
+    assert sum("order" in name for node in model.proto.graph.node for name in node.input) == ENDS[end]
+    assert report.difference is not None
+    assert report.difference < 1e-5
+
+
+@pytest.mark.parametrize("name", ["w1", "b1", "w2", "b2", "scale", "w3"])
+def test_a_tensor_left_in_the_old_order_is_caught(name, monkeypatch):
+    moved = order._moved
+    monkeypatch.setattr(
+        order, "_moved", lambda model, moves: moved(model, {n: found for n, found in moves.items() if n != name})
+    )
+    entry = {"sparsity": 0.5, "op_names": ["w1"], "pattern": "grouped:8"}
+    result = onnxprune.prune(chain("y = Relu (c)"), [entry], keep_shape=True)
+    with pytest.raises(PruneError, match="differs from the masked one"):
+        lowered(result.model, latencies=Always())

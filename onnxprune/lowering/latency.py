@@ -114,19 +114,17 @@ class Latencies:
 
 
 def key(layer: Layer, form: str) -> str:
-    """What a time is filed under: the operator, its sizes and the form's."""
+    """What a time is filed under. The dense layer is timed with each cover anew: only times taken together compare."""
     attributes = [
         f"{a.name}={helper.get_attribute_value(a)}" for a in sorted(layer.node.attribute, key=lambda a: str(a.name))
     ]
     sizes = [f"data {_sizes(layer.data)}", f"weight {_sizes(layer.operand.shape)}", *attributes]
     if layer.bias is not None:
         sizes.append("bias")
-    parts = [layer.node.op_type, layer.weight.dtype.name, *sizes, form]
-    if form != DENSE:
-        cover = layer.cover
-        order = "" if cover.ordered else " in another order"
-        parts.append(f"{cover.groups} groups of {cover.size} outputs and {cover.kept} inputs{order}")
-    return "; ".join(parts)
+    cover = layer.cover
+    order = "" if cover.ordered else " in another order"
+    kept = f"{cover.groups} groups of {cover.size} outputs and {cover.kept} inputs{order}"
+    return "; ".join([layer.node.op_type, layer.weight.dtype.name, *sizes, kept, form])
 
 
 def estimate(layer: Layer) -> dict[str, float]:

@@ -14,14 +14,20 @@ from onnxprune.graph.weights import Skipped
 from onnxprune.lowering.forms import Piece, candidates
 from onnxprune.lowering.latency import DENSE, Latencies
 from onnxprune.lowering.layers import Layer, layers
+from onnxprune.lowering.order import absorb
 from onnxprune.structure import facts as known
 from onnxprune.structure import verify
+from onnxprune.structure.coupling import couple
 from onnxprune.structure.prepare import prepare, skeleton
 from onnxprune.structure.rules import SHAPES
 from onnxprune.structure.sizes import Sizes, choose
 
 GAIN = 0.97
 """A form is used where it takes at most this share of the dense layer's time."""
+
+PREFERRED = 0.93
+"""A form other than the first is used where it takes at most this share of the first one's time: the first has the
+fewest nodes, and in a network more is fused with them than on their own."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +93,22 @@ def lowered(
         PruneError: the shapes do not fit, or the outputs differ by more than rounding does.
     """
     latencies = latencies or Latencies()
-    ready = prepare(model)
-    sizes = choose(ready, shapes)
-    found, skipped = layers(ready, *_facts(ready, sizes))
+    masked = prepare(model)
+    sizes = choose(masked, shapes)
+    known_ = _facts(masked, sizes)
+    found, skipped = layers(masked, *known_)
+    ready = masked
+    if any(not layer.cover.ordered for layer in found):
+        coupling = couple(masked, *sizes)
+        moved = absorb(coupling, found)
+        if moved is not None:
+            ready = moved
+            found, skipped = layers(ready, *known_)
     rows: list[LoweredRow] = []
     pieces: dict[str, Piece] = {}
     for layer in found:
         times, source = latencies.of(layer)
-        form = min((name for name in times if name != DENSE), key=times.__getitem__)
+        form = fastest(times)
         if times[form] > GAIN * times[DENSE]:
             slower = f"lowered it takes {times[form] / times[DENSE]:.2f} times as long ({source})"
             skipped.append(Skipped(layer.name, layer.node.op_type, slower))
@@ -105,8 +119,15 @@ def lowered(
     if not pieces:
         return model, Lowering((), tuple(skipped))
     result = _replaced(ready, pieces)
-    difference = _check(ready, result, sizes) if check else None
+    difference = _check(masked, result, sizes) if check else None
     return result, Lowering(tuple(rows), tuple(skipped), difference)
+
+
+def fastest(times: Mapping[str, float]) -> str:
+    """The form to use."""
+    names = [name for name in times if name != DENSE]
+    best = min(names, key=times.__getitem__)
+    return best if times[best] <= PREFERRED * times[names[0]] else names[0]
 
 
 def _facts(ready: Model, sizes: tuple[Sizes, Sizes]) -> tuple[known.Facts, known.Facts]:
