@@ -24,9 +24,12 @@ STEPS = 4
 FEWEST = 8
 """Inputs a weight must have: below, there is little to choose from, and nothing to gain."""
 
-SPATIAL, POINTWISE = 64, 128
+SPATIAL, POINTWISE = 64, 256
 """Outputs of a group where none are named. A group pays for the inputs it gathers: a kernel of several positions uses
 them more than once."""
+
+FEW = 256
+"""Inputs below which a 1x1 convolution is one group: moving its outputs would take longer than it does itself."""
 
 ROUNDS = 12
 """Of putting outputs into other groups, at most."""
@@ -96,7 +99,10 @@ def grouped(size: int | None = None, parts: int = 1, joint: bool = False) -> Pat
 def choose(shape: Shape, parts: int = 1) -> int:
     """Outputs of a group for a weight of some shape: near `SPATIAL` or `POINTWISE`, a multiple of 16 where one fits."""
     each = shape[0] // parts
-    target = SPATIAL if math.prod(shape[2:]) > 1 else POINTWISE
+    pointwise = math.prod(shape[2:]) == 1
+    if pointwise and len(shape) > 2 and shape[1] < FEW:
+        return each
+    target = POINTWISE if pointwise else SPATIAL
     divisors = [d for d in range(1, each + 1) if each % d == 0]
     best = max(math.gcd(d, BLOCK) for d in divisors if d >= min(each, target / 2))
     return min((abs(math.log(d / target)), -d) for d in divisors if math.gcd(d, BLOCK) == best)[1] * -1
