@@ -362,7 +362,9 @@ def run(
         masks = Masks(calibrated.apply(config, weights, dict(masks), dense))
         after = {w.name: row(w, masks[w.name]) for w in weights if w.name in rows}
         rows = {name: replace(after[name], zeros_before=before.zeros_before) for name, before in rows.items()}
-        report = replace(report, rows=tuple(rows.values()), notes=tuple(calibrated.notes))
+        report = replace(report, rows=tuple(rows.values()))
+    if calibrated is not None:
+        report = replace(report, notes=tuple(calibrated.notes))
     if plan is not None and not keep_shape:
         model = plan.cut()
         report = replace(report, difference=plan.check(model) if verify and not config.inexact else None)
@@ -414,8 +416,9 @@ def _calibrated(
     else:
         session = trial.dense if trial is not None else open_session(source, threads=threads)
         dataset = load_data(calibration, session.inputs)
-    governed = [weight for _, chosen in config.assign(weights) for weight in chosen]
-    return Calibrated.of(model, governed, dataset, max_memory, threads)
+    if not config.coupled:  # else the weights that read channels lose entries, too
+        weights = [weight for _, chosen in config.assign(weights) for weight in chosen]
+    return Calibrated.of(model, weights, dataset, max_memory, threads)
 
 
 def _plan(model: Model, shapes: Mapping[str, Sequence[int]] | None, inexact: bool) -> Plan:

@@ -86,7 +86,8 @@ class Calibrated:
             PruneError: the model does not run on the data.
         """
         layers, reasons = find_layers(model, weights)
-        return cls(model, calibration(model, dataset, layers, memory, threads), tuple(layers), reasons)
+        data = calibration(model, dataset, layers, memory, threads)
+        return cls(model, data, tuple(layers), reasons, _idle(model, layers))
 
     def norms(self, config: Config) -> dict[str, np.ndarray]:
         """The norms of the inputs of all weights in role order, where a score needs them; see `calibrate.norms`."""
@@ -291,17 +292,16 @@ class Refit:
         return fitted
 
     def _normalise(self, node: onnx.NodeProto, place: int) -> None:
-        """Move a BatchNorm's statistics as its input's have moved on the calibration data."""
-        if node.op_type != "BatchNormalization" or any(n not in self.tensors for n in node.input[3:5]):
-            return
-        if any(len(self.read[name]) > 1 for name in node.input[3:5]):
-            return  # shared with another norm
+        """Give a BatchNorm statistics with which its output has the mean and the deviation that it had."""
+        names = node.input[3:5]
+        if any(name not in self.tensors or len(self.read[name]) > 1 for name in names):
+            return  # computed, or shared with another norm
         moved = [_statistics(stream.read([node.input[0]], place)) for stream in (self.now, self.before)]
         (mean, variance), (mean_before, variance_before) = moved
         alive = (variance > 0) & (variance_before > 0)
         ratio = np.divide(variance, variance_before, out=np.ones_like(variance), where=alive)
-        self._store(node.input[3], lambda stored_: stored_ + np.where(alive, mean - mean_before, 0.0))
-        self._store(node.input[4], lambda stored_: stored_ * ratio)
+        self._store(names[0], lambda old: np.where(alive, mean - (mean_before - old) * np.sqrt(ratio), old))
+        self._store(names[1], lambda old: old * ratio)
 
     def _store(self, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
         """Give a stored vector new values, computed from the dense model's; what a mask zeroes stays zero."""
@@ -322,6 +322,14 @@ def _statistics(batches: Iterable[list[np.ndarray]]) -> tuple[np.ndarray, np.nda
         total, squares = total + wide.sum(axes), squares + np.square(wide).sum(axes)
     mean = total / max(count, 1)
     return mean, np.maximum(squares / max(count, 1) - mean**2, 0.0)
+
+
+def _idle(model: Model, layers: Sequence[Layer]) -> list[str]:
+    """What to say of weights that no output of the model depends on."""
+    flat = Flat.of(model)
+    used = set(flat.behind([value.name for value in flat.proto.graph.output], {}))
+    idle = sorted({layer.weight.name for layer in layers} - {la.weight.name for la in layers if la.place in used})
+    return [f"the model's outputs do not depend on weight '{name}': pruning it changes nothing" for name in idle]
 
 
 def _too_few(few: Sequence[tuple[str, int, int]]) -> list[str]:
