@@ -337,8 +337,8 @@ def _too_few(few: Sequence[tuple[str, int, int]]) -> list[str]:
     if not few:
         return []
     name, count, inputs = max(few, key=lambda item: item[2] / max(item[1], 1))
-    what = f"{len(few)} weights" if len(few) > 1 else "one weight"
+    what = f"{len(few)} weights have" if len(few) > 1 else "one weight has"
     return [
-        f"the calibration data are few: {what} have more inputs than rows to fit them to ('{name}': {inputs} inputs, "
+        f"the calibration data are few: {what} more inputs than rows to fit them to ('{name}': {inputs} inputs, "
         f"{count} rows), so that a ridge decides what the data leave open; more samples help"
     ]

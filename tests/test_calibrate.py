@@ -429,3 +429,54 @@ def test_seeded_bugs_are_caught(monkeypatch, seed, expected):
         monkeypatch.setattr(inputs, "_windows", lambda x, shape, most, flip=False: windows(x, shape, most))
         with pytest.raises(AssertionError):
             test_the_rows_of_a_transposed_convolution(*TRANSPOSED[0].values)
+
+
+def test_python_a_file_and_the_command_line_are_one_door(tmp_path, capsys):
+    from onnxprune.cli import main
+
+    onnx.save(net(), tmp_path / "in.onnx")
+    x = normal(30, 2, 8, 8)
+    np.savez(tmp_path / "cal.npz", x=x)
+    (tmp_path / "config.yaml").write_text(
+        "score: wanda\nallocation: erk\nreconstruct: true\nconfig_list: [{sparsity: 0.6}]\n"
+    )
+    config = {"score": "wanda", "allocation": "erk", "reconstruct": True, "config_list": [{"sparsity": 0.6}]}
+    result = onnxprune.prune(tmp_path / "in.onnx", config, tmp_path / "a.onnx", calibration={"x": x}, threads=1)
+    common = ["--threads", "1", "--max-memory", "1GB", "--no-benchmark", "--calibration", str(tmp_path / "cal.npz")]
+    given = {
+        "b": ["--sparsity", "0.6", "--score", "wanda", "--allocation", "erk", "--reconstruct"],
+        "c": ["--config", str(tmp_path / "config.yaml")],
+    }
+    for name, options in given.items():
+        target = tmp_path / f"{name}.onnx"
+        assert main(["prune", str(tmp_path / "in.onnx"), "-o", str(target), *options, *common]) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert "the calibration data are few: one weight has more inputs than rows" in text
+        for found, expected in zip(
+            onnx.load(target).graph.initializer, result.to_proto().graph.initializer, strict=True
+        ):
+            np.testing.assert_allclose(
+                onnx.numpy_helper.to_array(found), onnx.numpy_helper.to_array(expected), rtol=1e-5, atol=1e-6
+            )
+
+
+def test_data_alone_are_calibrated_on_and_compared_on():
+    labels = np.arange(40) % 5
+    for data in ({"x": normal(40, 2, 8, 8)}, {"x": normal(40, 2, 8, 8), "labels": labels}):
+        result = onnxprune.prune(net(), {"score": "wanda", "config_list": [{"sparsity": 0.5}]}, data=data, threads=1)
+        assert result.evaluation is not None
+        assert result.evaluation.samples == 40
+        assert (result.evaluation.score is not None) == ("labels" in data)
+        assert result.evaluation.agreement is not None
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"pruner": "sensitivity", "score": "wanda", "config_list": [{"sparsity": 0.5}]}, "ranks by its own"),
+        ({"reconstruct": "yes", "config_list": [{"sparsity": 0.5}]}, "'reconstruct' is 'yes'; expected true or false"),
+    ],
+)
+def test_a_configuration_that_makes_no_sense_is_an_error(config, says):
+    with pytest.raises(PruneError, match=says):
+        onnxprune.prune(net(), config, calibration={"x": normal(4, 2, 8, 8)})
