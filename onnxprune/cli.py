@@ -11,8 +11,10 @@ import io
 import json
 import os
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -469,8 +471,39 @@ def _gate(result: Result, max_drop: float | None) -> str:
 @contextlib.contextmanager
 def _results_only() -> Iterator[None]:
     """Keep stdout for results: what a user's data function or a library prints goes to stderr."""
-    with contextlib.redirect_stdout(sys.stderr):
+    from onnxprune import progress
+
+    with contextlib.redirect_stdout(sys.stderr), progress.shown(_bar):
         yield
+
+
+SLOW = 2.0
+"""Seconds from which on work is shown to go on."""
+
+
+@contextlib.contextmanager
+def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with bytes and rate on stderr, where that is a terminal and the work takes longer than `SLOW`."""
+    if not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    lock, start, done, bar = threading.Lock(), time.monotonic(), 0, None
+    with contextlib.ExitStack() as stack:
+
+        def advance(count: int) -> None:
+            nonlocal done, bar
+            with lock:
+                done += count
+                if bar is None and time.monotonic() - start > SLOW:
+                    from onnxprune import tables
+
+                    bar = tables.bar(sys.stderr)
+                    stack.enter_context(bar)
+                    bar.add_task(tables.escaped(what), total=total)
+                if bar is not None:
+                    bar.update(bar.task_ids[0], completed=done)
+
+        yield advance
 
 
 def _show(parts: Iterable[RenderableType]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxprune import progress
 from onnxprune.graph import macs, values
 from onnxprune.graph.model import Model, ModelSource, load
 from onnxprune.graph.weights import FLOATS, INTEGERS, Skipped, Weight, find
@@ -157,7 +158,7 @@ def inspect(model: ModelSource, shapes: Mapping[str, Sequence[int]] | None = Non
     sizes, notes = feeds.resolve_shapes(required, dict(shapes or {}))
     undeclared = {str(v.name) for v in graph.inputs if v.shape is None} - (shapes or {}).keys()
     sizes = {name: shape for name, shape in sizes.items() if name not in undeclared}
-    zeros = {weight.name: values.zeros(values.of(weight)) for weight in weights}
+    zeros = _weight_zeros(weights, {})
     parameters, nonzero = _count_parameters(loaded, weights, zeros)
     file_bytes = None if loaded.path is None else stored_bytes(loaded.path)
     ports = [*graph.inputs], [*graph.outputs]
@@ -183,8 +184,19 @@ def inspect(model: ModelSource, shapes: Mapping[str, Sequence[int]] | None = Non
 def parameters(model: Model, known: Mapping[str, int]) -> tuple[int, int]:
     """The parameters of a model, and how many of them are not 0; the zeros of some weights are known by their names."""
     weights, _ = find(model)
-    zeros = {w.name: known[w.name] if w.name in known else values.zeros(values.of(w)) for w in weights}
+    zeros = _weight_zeros(weights, known)
     return _count_parameters(model, weights, zeros)
+
+
+def _weight_zeros(weights: Sequence[Weight], known: Mapping[str, int]) -> dict[str, int]:
+    """The zeros of each weight, counted where they are not known."""
+    zeros = dict(known)
+    unknown = [weight for weight in weights if weight.name not in known]
+    with progress.task("counting zeros", sum(w.size * w.dtype.itemsize for w in unknown)) as advance:
+        for weight in unknown:
+            zeros[weight.name] = values.zeros(values.of(weight))
+            advance(weight.size * weight.dtype.itemsize)
+    return zeros
 
 
 def stored_bytes(path: str | os.PathLike[str]) -> int:

@@ -8,16 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from rich import box
-from rich.console import RenderableType
+from rich.console import Console, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from rich.progress import Progress
 
     from onnxprune.api import Report
     from onnxprune.graph.weights import Skipped
@@ -48,6 +50,17 @@ class Sizes:
     nonzero: int
     bytes_before: int
     bytes: int | None
+
+
+def bar(stream: IO[str]) -> Progress:
+    """How far a piece of work is, in bytes, and how fast; it goes away when the work is done."""
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Shown
+
+    console = Console(file=stream)
+    text = TextColumn("{task.description}", markup=False)
+    columns = text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    return Shown(*columns, console=console, transient=True)
 
 
 def pruned(report: Report) -> Iterator[RenderableType]:

@@ -7,6 +7,7 @@ memory that grows with a model. Whoever needs the entries compares the values on
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from onnxprune import progress
 from onnxprune.algorithms.select import (
     CHUNK,
     GUESSES,
@@ -129,23 +131,33 @@ def cuts(values: Sequence[Values], count: int, threads: int | None = None) -> li
     total = sum(v.size for v in values)
     if not 0 <= count <= total:
         raise PruneError(f"cannot remove {count} entries: there are {total}")
+    return _cuts(values, count, threads, None)
+
+
+def _cuts(values: Sequence[Values], count: int, threads: int | None, advance: progress.Advance | None) -> list[Cut]:
+    """`cuts`; says how far the first pass is, or shows each."""
+    total = sum(v.size for v in values)
     workers = 1 if total < THREADED else threads or min(os.cpu_count() or 1, MAX_THREADS)
     if workers == 1:
-        return _Search(values, count, map, ROOM).run()
+        return _Search(values, count, map, ROOM, advance).run()
     with ThreadPoolExecutor(workers) as pool:
-        return _Search(values, count, pool.map, ROOM * workers).run()
+        return _Search(values, count, pool.map, ROOM * workers, advance).run()
 
 
 def each(values: Sequence[Values], counts: Sequence[int]) -> list[Cut]:
     """`cuts` of each weight on its own: small weights beside each other, a large one in parallel itself."""
     small = [v.size < THREADED for v in values]
     work = list(zip(values, counts, small, strict=True))
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS)) as pool:
-        running = [pool.submit(cuts, [v], count, 1) if s else None for v, count, s in work]
+    total = sum(v.size * v.dtype.itemsize for v in values)
+    with (
+        progress.task("looking for the smallest weights", total) as advance,
+        ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS)) as pool,
+    ):
+        running = [pool.submit(_cuts, [v], count, 1, advance) if s else None for v, count, s in work]
         found = []
         for index, ((v, count, _), run) in enumerate(zip(work, running, strict=True)):
             try:
-                found += cuts([v], count) if run is None else run.result()
+                found += _cuts([v], count, None, advance) if run is None else run.result()
             except NotFinite:
                 for other in running:
                     if other is not None:
@@ -200,13 +212,16 @@ class _Span:
 class _Search:
     """A bracket of keys that is made smaller by passes over the values."""
 
-    def __init__(self, values: Sequence[Values], count: int, run: Run, room: int) -> None:
+    def __init__(
+        self, values: Sequence[Values], count: int, run: Run, room: int, advance: progress.Advance | None
+    ) -> None:
         dtypes = {v.dtype for v in values}
         wide = np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
         self.dtype = dtypes.pop() if len(dtypes) == 1 else wide
         self.key = KEYS[self.dtype]
         self.infinity = int(np.array(np.inf, self.dtype).view(self.key))
-        self.values, self.count, self.run_, self.room = values, count, run, room
+        self.values, self.count, self.run_, self.room, self.advance = values, count, run, room, advance
+        self.bytes = sum(v.size * v.dtype.itemsize for v in values)
         self.firsts = np.cumsum([0, *(v.size for v in values)]).tolist()
         self.total: int = self.firsts[-1]
         self.zeros = np.zeros(len(values), np.int64)
@@ -251,10 +266,13 @@ class _Search:
         """How many keys of each weight are less than left, and in [left, right); those are gathered."""
         below, inside = np.zeros(len(self.values), np.int64), np.zeros(len(self.values), np.int64)
         count = partial(_tally, search=self, left=left, right=right, bag=bag, first=first)
-        for span, found in zip(self.spans, self.run_(count, self.spans), strict=True):
-            below[span.index] += found[0]
-            inside[span.index] += found[1]
-            self.zeros[span.index] += found[2]
+        own = None if self.advance is None else contextlib.nullcontext(self.advance if first else _nothing)
+        with own or progress.task("looking for the smallest weights", self.bytes) as advance:
+            for span, found in zip(self.spans, self.run_(count, self.spans), strict=True):
+                below[span.index] += found[0]
+                inside[span.index] += found[1]
+                self.zeros[span.index] += found[2]
+                advance((span.stop - span.start) * span.values.dtype.itemsize)
         return below, inside
 
     def sample(self) -> tuple[Array, float]:
@@ -323,6 +341,10 @@ class _Search:
         low, high = bin_ * width, min((bin_ + 1) * width, size)
         counts = sum(self.run_(partial(_ties, dtype=self.dtype, key=key, low=low, high=high, width=1), spans))
         return low + int(np.searchsorted(np.cumsum(counts), number))
+
+
+def _nothing(count: int) -> None:
+    pass
 
 
 def _tally(span: _Span, search: _Search, left: int, right: int, bag: Bag, first: bool) -> tuple[int, int, int]:

@@ -8,8 +8,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from onnxprune.errors import PruneError
+
+try:
+    import fcntl
+except ImportError:  # Windows: what a killed run leaves is left to the user
+    fcntl = None  # type: ignore[assignment]
 
 PREFIX = ".onnxprune-"
 """Of the hidden folders that files are written in."""
@@ -37,12 +43,68 @@ def staging(target: Path | None) -> Iterator[Path]:
     parent = None if target is None else target.parent
     if parent is not None and not parent.is_dir():
         raise PruneError(f"cannot write '{target}': the folder '{parent}' does not exist; create it first")
-    with writing(target):
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-    try:
+    with writing(target), contextlib.ExitStack() as stack:
+        folder, lock = _folder(parent)
+        stack.callback(lock.close)  # after the folder is gone
+        stack.callback(_remove, folder)
+        opened = stack.pop_all()
+    with opened:
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+LOCK = ".lock"
+"""The file in a hidden folder that is locked as long as the process that made it lives."""
+
+
+def _folder(parent: Path | None) -> tuple[Path, IO[bytes]]:
+    """A new hidden folder, and the lock on it."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        try:
+            lock = open(folder / LOCK, "wb")  # noqa: SIM115  (held as long as the folder)
+        except FileNotFoundError:  # another run took the empty folder for one that was left
+            continue
+        except BaseException:
+            _remove(folder)
+            raise
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return folder, lock
+
+
+def _remove(folder: Path) -> None:
+    """Remove a hidden folder, its lock last: whenever this is cut short, the next run can tell what it was."""
+    for name in (*(name for name in _names(folder) if name != LOCK), LOCK):
+        with contextlib.suppress(OSError):
+            (folder / name).unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _names(folder: Path) -> list[str]:
+    with contextlib.suppress(OSError):
+        return os.listdir(folder)
+    return []
+
+
+@contextlib.contextmanager
+def left(parent: Path) -> Iterator[list[Path]]:
+    """The hidden folders that killed runs left in a folder; they are removed afterwards."""
+    found: list[Path] = []
+    with contextlib.ExitStack() as stack:
+        for folder in sorted(parent.glob(f"{PREFIX}*")) if fcntl is not None else ():
+            with contextlib.suppress(OSError):  # its run goes on, or it is gone
+                if folder.stat().st_uid != os.getuid():
+                    continue
+                if not (folder / LOCK).exists():
+                    folder.rmdir()  # killed before it could lock it; one that holds anything is not ours
+                    continue
+                lock = stack.enter_context(open(folder / LOCK, "rb"))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.callback(_remove, folder)
+                found.append(folder)
+        yield found
 
 
 @contextlib.contextmanager

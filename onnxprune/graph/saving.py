@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -70,6 +71,9 @@ class Staged:
         with files.writing(target):
             if taken := [name for name in self.data if (folder / name).exists()]:
                 raise PruneError(f"cannot write '{target}': '{taken[0]}' appeared in its folder meanwhile; run again")
+            journal = {"target": target.name, "files": [*self.data, *(path.name for path in stale)]}
+            (self.path.parent / JOURNAL).write_text(json.dumps(journal))
+            files.sync(self.path.parent / JOURNAL)
             try:
                 for name in self.data:
                     files.put(self.path.parent / name, folder / name, like=target)
@@ -89,6 +93,26 @@ class Staged:
         return target
 
 
+JOURNAL = ".journal"
+"""The file in a hidden folder that says which files a commit puts beside a model, and which it takes away."""
+
+
+def tidy(folder: Path) -> None:
+    """Remove what runs that were killed left in a folder: their hidden folders, and data that no model got to name."""
+    with files.left(folder) as found:
+        for hidden in found:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                journal = json.loads((hidden / JOURNAL).read_text())
+                target = folder / journal["target"]
+                used = {path.name for path in _data_files(target)}
+                own = _own_data(target)
+                if target.exists() and not used and not _is_model(target):
+                    continue
+                for name in journal["files"]:
+                    if own.fullmatch(name) and name not in used:
+                        (folder / name).unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def stage(model: Model, target: Path | None, sparse_storage: bool) -> Iterator[Staged]:
     """Write a model beside a target; see `Model.stage`."""
@@ -96,6 +120,8 @@ def stage(model: Model, target: Path | None, sparse_storage: bool) -> Iterator[S
         target = files.resolve(target)
     if str(target) in {file.path for location, file in model.data.items() if location != wire.OWN}:
         raise PruneError(f"the output '{target}' is the external data file of the input; choose another name")
+    if target is not None and target.parent.is_dir():
+        tidy(target.parent)
     with files.staging(target) as folder:
         name = "model.onnx" if target is None else target.name
         with files.writing(target):
@@ -289,12 +315,25 @@ def _data_files(model: Path) -> list[Path]:
     """The external data files of an existing model that a save of it made (none if it is no model)."""
     from onnxprune.graph.model import parse
 
-    own = re.compile(rf"{re.escape(model.name)}\.(\d+\.)?data")
     try:
         locations = {valid.external(t).file for t in external_tensors(parse(model)[0])}
     except Exception:
         return []
-    return [model.parent / name for name in sorted(locations) if own.fullmatch(name)]
+    return [model.parent / name for name in sorted(locations) if _own_data(model).fullmatch(name)]
+
+
+def _is_model(path: Path) -> bool:
+    from onnxprune.graph.model import parse
+
+    try:
+        return bool(parse(path)[0].HasField("graph"))
+    except Exception:
+        return False
+
+
+def _own_data(model: Path) -> re.Pattern[str]:
+    """The names of a model's data files."""
+    return re.compile(rf"{re.escape(model.name)}\.(\d+\.)?data")
 
 
 def _data_names(model: str, target: Path | None) -> Iterator[str]:
