@@ -1,0 +1,52 @@
+"""One measurement of another tool, in whatever interpreter has it: `python _peers.py NAME SIDE`; prints seconds.
+
+Each prunes one SIDE x SIDE float32 matrix to 80 % by magnitude, as its users would; a smaller one goes first.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+SPARSITY = 0.8
+
+
+def nni(side: int) -> Callable[[], object]:
+    import torch
+    from nni.compression.pruning import LevelPruner
+
+    model = torch.nn.Sequential(torch.nn.Linear(side, side, bias=False))
+    pruner = LevelPruner(model, [{"op_types": ["Linear"], "sparse_ratio": SPARSITY}])
+    return lambda: pruner.compress()
+
+
+def tfmot(side: int) -> Callable[[], object]:
+    import tensorflow as tf
+    from tensorflow_model_optimization.python.core.sparsity.keras import pruning_impl, pruning_schedule
+
+    weight = tf.Variable(tf.random.normal((side, side)))
+    mask, threshold = tf.Variable(tf.ones((side, side))), tf.Variable(0.0)
+    schedule = pruning_schedule.ConstantSparsity(SPARSITY, 0)
+    pruning = pruning_impl.Pruning(lambda: 0, lambda: [(weight, mask, threshold)], schedule)
+
+    def run() -> None:
+        new, mask_ = pruning._maybe_update_block_mask(weight)[1], None
+        mask.assign(new)
+        weight.assign(weight * mask)
+        del mask_
+
+    return run
+
+
+def main() -> None:
+    make = {"nni": nni, "tfmot": tfmot}[sys.argv[1]]
+    make(256)()
+    run = make(int(sys.argv[2]))
+    start = time.perf_counter()
+    run()
+    print(time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    main()
