@@ -21,11 +21,13 @@ if TYPE_CHECKING:
         lower,
         prune,
     )
+    from onnxprune.curves import Sensitivity, sensitivity
     from onnxprune.errors import PruneError
     from onnxprune.graph.masks import Masks
     from onnxprune.inspection import Inspection, inspect
     from onnxprune.runtime.benchmark import Benchmark, benchmark
     from onnxprune.runtime.evaluate import Evaluation, evaluate
+    from onnxprune.search import Search, autoprune
 
 _HOMES = {
     "onnxprune._version": ("__version__",),
@@ -40,11 +42,13 @@ _HOMES = {
         "lower",
         "prune",
     ),
+    "onnxprune.curves": ("Sensitivity", "sensitivity"),
     "onnxprune.errors": ("PruneError",),
     "onnxprune.graph.masks": ("Masks",),
     "onnxprune.inspection": ("Inspection", "inspect"),
     "onnxprune.runtime.benchmark": ("Benchmark", "benchmark"),
     "onnxprune.runtime.evaluate": ("Evaluation", "evaluate"),
+    "onnxprune.search": ("Search", "autoprune"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -60,13 +64,17 @@ __all__ = [
     "Pruner",
     "Report",
     "Result",
+    "Search",
+    "Sensitivity",
     "SensitivityPruner",
     "__version__",
+    "autoprune",
     "benchmark",
     "evaluate",
     "inspect",
     "lower",
     "prune",
+    "sensitivity",
 ]
 
 

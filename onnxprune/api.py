@@ -16,7 +16,7 @@ import onnx
 from onnxprune import config as configuration
 from onnxprune._version import __version__
 from onnxprune.algorithms.cuts import Zeroing
-from onnxprune.algorithms.pruner import Clock, Decision, decide, decisions
+from onnxprune.algorithms.pruner import Clock, Decision, decide, decisions, target
 from onnxprune.errors import PruneError
 from onnxprune.graph.files import writing
 from onnxprune.graph.masks import Masks
@@ -24,6 +24,7 @@ from onnxprune.graph.model import Model, ModelSource, load
 from onnxprune.graph.weights import Skipped, Weight, find
 
 if TYPE_CHECKING:
+    from onnxprune.curves import Sensitivity
     from onnxprune.layerwise import Calibrated
     from onnxprune.lowering.lower import Lowering
     from onnxprune.runtime.evaluate import Evaluation
@@ -242,7 +243,7 @@ def prune(
         config: a config list, a mapping around one, the path of a file with either, or a pruner object.
         output: the file to write.
         data: inputs and optional labels, as `onnxprune.evaluate` takes them; dense and pruned are compared on them,
-            and the sensitivity pruner measures with them.
+            and the sensitivity pruner and the allocation 'sensitivity' measure with them.
         pruner: 'level', 'agp', 'sensitivity' or 'sparsegpt'.
         score: default of the entries' `score`.
         pattern: default of the entries' `pattern`.
@@ -304,6 +305,7 @@ def run(
     latency_table: str | os.PathLike[str] | None = None,
     calibration: Any = None,
     max_memory: str | float | None = None,
+    shares: Mapping[str, float] | None = None,
 ) -> Result:
     """Prune with a validated configuration: decide, edit, evaluate, gate, write. See `prune`."""
     if max_drop is not None and data is None:
@@ -334,15 +336,17 @@ def run(
     if trial is not None and config.pruner == "sensitivity":
         factors = trial.factors([w.name for _, chosen in config.assign(weights) for w in chosen])
     norms = {} if calibrated is None else calibrated.norms(config)
+    if shares is None and trial is not None:
+        shares = trial.shares(config, clock, shapes, norms)
     if plan is None:
-        decided, misfits = decisions(config, weights, clock, held, factors, norms)
+        decided, misfits = decisions(config, weights, clock, held, factors, norms, shares)
         if calibrated is not None and config.pruner == configuration.SPARSEGPT:
             decided = {name: decision for name, decision in decided.items() if name not in calibrated.reasons}
         rows = {name: _row(decision) for name, decision in decided.items()}
         masks = _masks(decided)
     else:
-        kept, misfits = decide(config, weights, clock, held, factors, norms)
-        along, pinned = plan.decide(config, clock, held, align, norms)
+        kept, misfits = decide(config, weights, clock, held, factors, norms, shares)
+        along, pinned = plan.decide(config, clock, held, align, norms, shares)
         kept |= {name: kept[name] & mask if name in kept else mask for name, mask in along.items()}
         misfits += pinned
         rows = {w.name: row(w, kept[w.name]) for w in weights if w.name in kept}
@@ -384,7 +388,7 @@ def run(
         return Result(model, masks, report)
     with model.stage(target, sparse_storage=sparse) as staged:
         evaluation = None if trial is None else trial.evaluate(staged.path)
-        accepted = max_drop is None or trial is None or trial.loss(evaluation) <= max_drop
+        accepted = max_drop is None or evaluation is None or evaluation.loss <= max_drop
         if target is not None and accepted and staged.in_place:
             masks = masks.packed()  # what they are worked out from is about to be replaced
         path = staged.commit() if target is not None and accepted else None
@@ -451,14 +455,38 @@ class _Trial:
         return evaluate(model, self.dataset, self.dense, metric=self.metric, threads=self.threads)
 
     def factors(self, names: list[str]) -> dict[str, float]:
-        from onnxprune.sensitivity import factors, measure
+        from onnxprune import curves
 
-        return factors(measure(self.source, names, self.dataset, self.dense, metric=self.metric, threads=self.threads))
+        found = self._curves({"op_names": [*names], "sparsity": 0.0}, curves.FACTOR_LEVELS, precision=0.0)
+        return curves.factors([curve for curve in found.curves if curve.name in names])
 
-    def loss(self, evaluation: Evaluation | None) -> float:
-        from onnxprune.sensitivity import loss
+    def shares(
+        self,
+        config: configuration.Config,
+        clock: Clock,
+        shapes: Mapping[str, Sequence[int]] | None,
+        norms: Mapping[str, np.ndarray],
+    ) -> dict[str, float]:
+        """For what entries allocate by sensitivity: name of each weight or group -> its sparsity."""
+        from onnxprune import curves
 
-        return 0.0 if evaluation is None else loss(evaluation)
+        found: dict[str, float] = {}
+        for entry, source in zip(config.entries, config.source, strict=True):
+            share = target(entry, clock)
+            if entry.allocation != "sensitivity" or entry.exclude or not share:
+                continue
+            named: dict[str, Any] = {key: source[key] for key in ("op_types", "op_names") if key in source}
+            wanted = {**named, "pattern": entry.pattern, "score": entry.score, "sparsity": 0.0}
+            measured = self._curves(wanted, curves.LEVELS, shapes=shapes, norms=norms)
+            found |= measured.allocate(share)
+        return found
+
+    def _curves(self, entry: dict[str, Any], levels: Sequence[float], **options: Any) -> Sensitivity:
+        from onnxprune.curves import measure
+
+        config = configuration.load([entry])
+        given = {"metric": self.metric, "threads": self.threads, **options}
+        return measure(self.source, self.dataset, config, self.dense, levels=levels, **given)
 
 
 @dataclass(frozen=True, eq=False)

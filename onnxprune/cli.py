@@ -108,7 +108,7 @@ def prune(
         typer.Option(metavar="P", help="unstructured (unless given), channel, head, grouped[:G], N:M, block:RxC."),
     ] = None,
     allocation: Annotated[
-        str | None, typer.Option(metavar="uniform|global|erk", help="How much goes from each weight.")
+        str | None, typer.Option(metavar="uniform|global|erk|sensitivity", help="How much goes from each weight.")
     ] = None,
     op_types: Annotated[
         list[str] | None, typer.Option("--op-types", metavar="TYPE", help="Only these operators; may be repeated.")
@@ -456,12 +456,10 @@ def _as_dict(model: str, result: Result, sizes: Sizes, latency: Benchmark | str 
 
 
 def _gate(result: Result, max_drop: float | None) -> str:
-    from onnxprune.sensitivity import loss
-
     assert result.evaluation is not None
     evaluation = result.evaluation
     what = "agreement with the dense model" if evaluation.metric is None else evaluation.metric
-    fell = f"{what} fell by {loss(evaluation):.6g}, more than --max-drop {max_drop:g} allows"
+    fell = f"{what} fell by {evaluation.loss:.6g}, more than --max-drop {max_drop:g} allows"
     return f"gate not met: {fell}; nothing was written"
 
 

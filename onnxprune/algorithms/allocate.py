@@ -6,15 +6,17 @@ entries to remove, and returns the units to remove. Adding an allocation is one 
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from onnxprune.algorithms.patterns import Shape, Units
 from onnxprune.algorithms.select import MAX_THREADS, THREADED, booleans, lowest
+from onnxprune.errors import PruneError
 
 Allocation = Callable[[Sequence[Units], float], list[np.ndarray]]
 
@@ -64,9 +66,95 @@ def erk_counts(shapes: Sequence[Shape], sparsity: float, removable: Sequence[int
     for _ in range(200):  # bisection: the total falls as the scale rises
         middle = (dense + sparse) / 2
         dense, sparse = (dense, middle) if removed(middle).sum() > total else (middle, sparse)
-    wanted = removed(dense)
+    return _whole(removed(dense), total, np.asarray(room))
+
+
+def given(shares: Sequence[float]) -> Allocation:
+    """Shares decided elsewhere, one per weight; as many entries go as they come to in total."""
+
+    def allocate(weights: Sequence[Units], sparsity: float) -> list[np.ndarray]:
+        room = np.array([_removable(units) for units in weights], np.int64)
+        wanted = np.minimum(np.array([units.entries for units in weights]) * np.asarray(shares), room)
+        return _each(weights, _whole(wanted, int(wanted.sum() + 1e-6), room))
+
+    return allocate
+
+
+def sensitivity(weights: Sequence[Units], sparsity: float) -> list[np.ndarray]:
+    """At least measured loss: what that comes to is decided before (`curves`), and `given`.
+
+    Raises:
+        PruneError: always; nothing has been measured.
+    """
+    raise PruneError(
+        "allocation 'sensitivity' measures on data: give data (--data) to prune a file; in a training loop use "
+        "uniform, global or erk"
+    )
+
+
+def least_loss(tables: Sequence[Sequence[tuple[float, float]]], total: float) -> list[float]:
+    """How much to save in each of several weights, so that the total is reached at the least predicted loss.
+
+    A table's points (saved, loss) are joined by the lower convex hull of them and (0, 0); losses add up. Of such convex
+    functions the least sum is found by always taking the stretch that costs least per unit saved; stretches of equal
+    cost give equal shares of themselves. Only one stretch (or several of equal cost) is taken in part.
+
+    Args:
+        tables: for each weight its points, in any order; savings of 0 or less are ignored.
+        total: the sum of savings to reach.
+
+    Returns:
+        The saving in each weight.
+
+    Raises:
+        PruneError: the tables do not reach the total.
+    """
+    stretches = [
+        ((loss - loss_before) / (saved - before), index, saved - before)
+        for index, table in enumerate(tables)
+        for (before, loss_before), (saved, loss) in itertools.pairwise(hull(table))
+    ]
+    saved = [0.0] * len(tables)
+    missing = total
+    for _, alike in itertools.groupby(sorted(stretches), key=lambda stretch: round(stretch[0], 15)):
+        chosen = list(alike)
+        length = sum(size for *_, size in chosen)
+        part = min(1.0, max(0.0, missing) / length)
+        for _, index, size in chosen:
+            saved[index] += part * size
+        missing -= part * length
+    if missing > 1e-9 * max(1.0, abs(total)):
+        raise PruneError(f"{total:.6g} is to be saved, but all weights together can save {total - missing:.6g} at most")
+    return saved
+
+
+def hull(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The lower convex hull of (0, 0) and points (saved, loss), by rising savings.
+
+    A loss below 0 counts as 0, and where saving more loses less, that is what the lesser saving costs too.
+    """
+    rising: list[tuple[float, float]] = []
+    least = math.inf
+    for saved, loss in sorted(((s, max(0.0, cost)) for s, cost in points if s > 0), key=lambda p: (-p[0], p[1])):
+        if not rising or saved < rising[-1][0]:
+            least = min(least, loss)
+            rising.append((saved, least))
+    lower = [(0.0, 0.0)]
+    for point in reversed(rising):
+        while len(lower) > 1 and _slope(lower[-2], lower[-1]) >= _slope(lower[-2], point):
+            lower.pop()
+        lower.append(point)
+    return lower
+
+
+def _slope(left: tuple[float, float], right: tuple[float, float]) -> float:
+    return (right[1] - left[1]) / (right[0] - left[0])
+
+
+def _whole(wanted: np.ndarray, total: int, room: np.ndarray) -> list[int]:
+    """Whole numbers of entries: rounded down, and what that leaves over goes by largest remainder."""
     counts = np.floor(wanted).astype(np.int64)
-    for index in np.argsort(-(wanted - counts), kind="stable"):  # what rounding left over, largest remainder first
+    for index in np.argsort(-(wanted - counts), kind="stable"):
         if counts.sum() < total and counts[index] < room[index]:
             counts[index] += 1
     return [int(count) for count in counts]
@@ -102,7 +190,7 @@ def below(quality: float) -> Allocation:
     return allocate
 
 
-ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform, "global": globally, "erk": erk}
+ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform, "global": globally, "erk": erk, "sensitivity": sensitivity}
 
 
 def take(weights: Sequence[Units], budget: int, out: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnxprune.algorithms import cuts, patterns, scores
-from onnxprune.algorithms.allocate import ALLOCATIONS, below, erk_counts, global_count, uniform_counts
+from onnxprune.algorithms.allocate import ALLOCATIONS, below, erk_counts, given, global_count, uniform_counts
 from onnxprune.algorithms.schedules import cubic
 from onnxprune.algorithms.select import booleans, side_by_side
 from onnxprune.config import AGPEntry, Config, Entry, SensitivityEntry
@@ -33,6 +33,7 @@ def decide(
     held: Mapping[str, np.ndarray] | None = None,
     factors: Mapping[str, float] | None = None,
     norms: Mapping[str, np.ndarray] | None = None,
+    shares: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, np.ndarray], list[Skipped]]:
     """The masks of all weights a configuration governs, at one point in time.
 
@@ -43,6 +44,7 @@ def decide(
         held: masks from earlier (True is kept, stored shape); what they removed stays removed.
         factors: for the sensitivity pruner, each weight's measured factor in (0, 1]; 1 where it has none.
         norms: for scores from calibration data, the norms of each weight's inputs in role order.
+        shares: for the allocation 'sensitivity', the sparsity of each weight (0 where it has none).
 
     Returns:
         Weight name -> boolean array of the stored shape, True is kept, for each governed weight in the order given
@@ -63,7 +65,7 @@ def decide(
     for entry, chosen in fitting:
 
         def several(part: list[Governed], entry: Entry = entry) -> dict[str, np.ndarray]:
-            kept = _decide_entry(entry, part, clock, held, factors, norms or {})
+            kept = _decide_entry(entry, part, clock, held, factors, norms or {}, shares)
             return {weight.name: keep for (weight, _), keep in zip(part, kept, strict=True)}
 
         for found in side_by_side(several, _parts(entry, chosen), size=sum(weight.size for weight, _ in chosen)):
@@ -114,6 +116,7 @@ def decisions(
     held: Mapping[str, np.ndarray] | None = None,
     factors: Mapping[str, float] | None = None,
     norms: Mapping[str, np.ndarray] | None = None,
+    shares: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, Decision], list[Skipped]]:
     """`decide` for models that need not fit into memory: the same masks, said in less room where possible."""
     weights = list(weights)
@@ -129,7 +132,7 @@ def decisions(
             found |= _cut_entry(entry, [weight for weight, _ in chosen], share)
             continue
         for part in _parts(entry, chosen):
-            kept = _decide_entry(entry, part, clock, held, factors, norms or {})
+            kept = _decide_entry(entry, part, clock, held, factors, norms or {}, shares)
             for (weight, _), keep in zip(part, kept, strict=True):
                 found[weight.name] = Decision(weight, bits=np.packbits(keep))
     return {w.name: found[w.name] for w in weights if w.name in found}, skipped
@@ -204,10 +207,13 @@ def _decide_entry(
     held: Mapping[str, np.ndarray],
     factors: Mapping[str, float],
     norms: Mapping[str, np.ndarray],
+    shares: Mapping[str, float] | None,
 ) -> list[np.ndarray]:
     """The masks of the weights one entry governs, each with its pattern."""
     share = target(entry, clock)
     allocation = ALLOCATIONS[entry.allocation]
+    if entry.allocation == "sensitivity" and shares is not None:
+        allocation = given([shares.get(weight.name, 0.0) for weight, _ in weights])
     if isinstance(entry, SensitivityEntry) and entry.quality is not None:
         allocation, share = below(entry.quality), 0.0
     units = []

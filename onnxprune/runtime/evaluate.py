@@ -61,6 +61,17 @@ class Evaluation:
             return None
         return self.baseline_score - self.score
 
+    @property
+    def loss(self) -> float:
+        """What was lost: the metric's drop or, without labels, 1 - agreement with the baseline (top-1, else cosine)."""
+        if self.drop is not None:
+            return self.drop
+        if self.agreement is None:
+            return 0.0
+        if self.agreement.top1 is not None:
+            return 1 - self.agreement.top1
+        return 1 - (0.0 if self.agreement.cosine is None else self.agreement.cosine)
+
     def to_dict(self) -> dict[str, Any]:
         """The fields and `drop`, ready for JSON (an infinite difference becomes None; a note says why)."""
         result = asdict(self) | {"drop": self.drop, "notes": list(self.notes)}
@@ -97,64 +108,101 @@ def evaluate(
     session = model if isinstance(model, Session) else open_session(model, threads=threads)
     dense = baseline if baseline is None or isinstance(baseline, Session) else open_baseline(baseline, threads)
     dataset = load_data(data, session.inputs if dense is None else common_inputs(session, dense))
-    name, function = _resolve(metric, dataset.labelled)
-    if name is None and dense is None:
-        raise PruneError(
-            "there is nothing to evaluate against: the data have no 'labels' and no baseline is given; add labels, "
-            "a baseline (the dense model) or a metric"
-        )
-    if dense is not None and len(session.outputs) != len(dense.outputs):
-        raise PruneError(
-            f"{session.label} has {len(session.outputs)} outputs and the baseline {len(dense.outputs)}; "
-            "they must be the same model"
-        )
-    top1: Top1 | None = Top1(session.outputs[0]) if name == TOP1 or dense is not None else None
-    likeness = _Likeness(session.outputs)
-    kept: list[tuple[list[Any], list[Any] | None, Array | None]] = []
-    with_nan: set[str] = set()
-    notes = []
+    comparison = Comparison.of(session, dense, dataset, metric)
     with contextlib.closing(_with_progress(dataset, progress)) as batches:
         for batch in batches:
-            outputs = _outputs(session, batch)
-            reference = None if dense is None else _outputs(dense, batch)
-            with_nan |= _nan_outputs(session, outputs)
-            if dense is not None and reference is not None:
-                for broken in sorted(_nan_outputs(dense, reference)):
-                    raise PruneError(f"{dense.label} computes NaN in output '{broken}' on these data")
-                likeness.update(outputs, reference, batch.samples)
-            if function is not None:
-                kept.append((outputs, reference, batch.labels))
-            if top1 is not None:
-                try:
-                    labels = batch.labels if name == TOP1 else None
-                    top1.update(outputs[0], None if reference is None else reference[0], labels, batch.samples)
-                except PruneError as error:
-                    if name == TOP1:
-                        raise
-                    top1 = None  # agreement is then the cosine and the largest difference
-                    notes.append(f"no top-1 agreement: {error}")
-    if top1 is not None and not top1.finish():
-        notes.append(f"no top-1 agreement: without labels, output '{top1.output}' may be a regression's")
-        top1 = None
-    notes += [f"output '{broken}' of {session.label} is NaN for some samples: wrong, whatever it is compared to"
-              for broken in session.outputs if broken in with_nan]  # fmt: skip
-    notes += likeness.notes
-    if top1 is not None and top1.note is not None:
-        notes.append(top1.note)
+            comparison.update(batch)
+    return comparison.result()
 
-    score = baseline_score = None
-    if function is not None and name is not None:
-        labels = _stack([labels for _, _, labels in kept]) if dataset.labelled else None
-        score = _measure(function, name, session, [outputs for outputs, _, _ in kept], labels)
+
+@dataclass
+class Comparison:
+    """A model's outputs judged batch after batch, beside its baseline's; `result` may be asked at any time."""
+
+    session: Session
+    dense: Session | None
+    metric: str | None
+    function: Metric | None
+    labelled: bool
+    samples: int = 0
+    _top1: Top1 | None = None
+    _likeness: _Likeness = field(default_factory=lambda: _Likeness(()))
+    _kept: list[tuple[list[Any], list[Any] | None, Array | None]] = field(default_factory=list)
+    _with_nan: set[str] = field(default_factory=set)
+    _notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls, session: Session, dense: Session | None, dataset: Dataset, metric: str | Metric | None = None
+    ) -> Comparison:
+        """Settle what is measured on a dataset, before anything is run; errors are those of `evaluate`."""
+        name, function = _resolve(metric, dataset.labelled)
+        if name is None and dense is None:
+            raise PruneError(
+                "there is nothing to evaluate against: the data have no 'labels' and no baseline is given; add labels, "
+                "a baseline (the dense model) or a metric"
+            )
+        if dense is not None and len(session.outputs) != len(dense.outputs):
+            raise PruneError(
+                f"{session.label} has {len(session.outputs)} outputs and the baseline {len(dense.outputs)}; "
+                "they must be the same model"
+            )
+        top1 = Top1(session.outputs[0]) if name == TOP1 or dense is not None else None
+        return cls(session, dense, name, function, dataset.labelled, _top1=top1, _likeness=_Likeness(session.outputs))
+
+    def update(self, batch: Batch, reference: list[Any] | None = None) -> list[Any] | None:
+        """Run the model on a batch, and its baseline where its outputs (`reference`) are not at hand; returns those."""
+        outputs = run_batch(self.session, batch)
+        if reference is None and self.dense is not None:
+            reference = run_batch(self.dense, batch)
+        self.samples += batch.samples
+        self._with_nan |= _nan_outputs(self.session, outputs)
+        if self.dense is not None and reference is not None:
+            for broken in sorted(_nan_outputs(self.dense, reference)):
+                raise PruneError(f"{self.dense.label} computes NaN in output '{broken}' on these data")
+            self._likeness.update(outputs, reference, batch.samples)
+        if self.function is not None:
+            self._kept.append((outputs, reference, batch.labels))
+        if self._top1 is not None:
+            try:
+                labels = batch.labels if self.metric == TOP1 else None
+                self._top1.update(outputs[0], None if reference is None else reference[0], labels, batch.samples)
+            except PruneError as error:
+                if self.metric == TOP1:
+                    raise
+                self._top1 = None  # agreement is then the cosine and the largest difference
+                self._notes.append(f"no top-1 agreement: {error}")
+        return reference
+
+    def result(self) -> Evaluation:
+        """What has come out so far."""
+        top1 = None if self._top1 is None else self._top1.copy()  # finishing settles what more batches may change
+        notes = list(self._notes)
+        if top1 is not None and not top1.finish():
+            notes.append(f"no top-1 agreement: without labels, output '{top1.output}' may be a regression's")
+            top1 = None
+        notes += [f"output '{broken}' of {self.session.label} is NaN for some samples: wrong, whatever it is compared "
+                  "to" for broken in self.session.outputs if broken in self._with_nan]  # fmt: skip
+        notes += self._likeness.notes
+        if top1 is not None and top1.note is not None:
+            notes.append(top1.note)
+
+        name, dense, kept = self.metric, self.dense, self._kept
+        score = baseline_score = None
+        if self.function is not None and name is not None:
+            labels = _stack([labels for _, _, labels in kept]) if self.labelled else None
+            score = _measure(self.function, name, self.session, [outputs for outputs, _, _ in kept], labels)
+            if dense is not None:
+                others = [reference for _, reference, _ in kept if reference is not None]
+                baseline_score = _measure(self.function, name, dense, others, labels)
+        elif name == TOP1 and top1 is not None:
+            score = top1.right / top1.total
+            baseline_score = None if dense is None else top1.baseline_right / top1.total
+        agreement = None
         if dense is not None:
-            baseline_score = _measure(function, name, dense, [ref for _, ref, _ in kept if ref is not None], labels)
-    elif name == TOP1 and top1 is not None:
-        score = top1.right / top1.total
-        baseline_score = None if dense is None else top1.baseline_right / top1.total
-    agreement = None
-    if dense is not None:
-        agreement = Agreement(None if top1 is None else top1.equal / top1.total, likeness.cosine, likeness.largest)
-    return Evaluation(dataset.samples, name, score, baseline_score, agreement, tuple(notes))
+            same = None if top1 is None else top1.equal / top1.total
+            agreement = Agreement(same, self._likeness.cosine, self._likeness.largest)
+        return Evaluation(self.samples, name, score, baseline_score, agreement, tuple(notes))
 
 
 def open_baseline(baseline: ModelSource, threads: int | None) -> Session:
@@ -211,7 +259,7 @@ def _resolve(metric: str | Metric | None, labelled: bool) -> tuple[str | None, M
     return (TOP1 if labelled else None), None
 
 
-def _outputs(session: Session, batch: Batch) -> list[Any]:
+def run_batch(session: Session, batch: Batch) -> list[Any]:
     """The outputs of one batch, without the rows that stem from padding."""
     outputs = session.run(batch.feed)
     if batch.padded:

@@ -74,7 +74,7 @@ class Dataset:
             for value in self.inputs:
                 if value.name in part.feed:
                     array = part.feed[value.name].astype(value.dtype, copy=False)
-                    if missing and _has_samples(value, array):
+                    if missing and has_samples(value, array):
                         array = np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
                     feed[value.name] = array
             yield Batch(feed, part.labels, part.samples, missing > 0)
@@ -187,14 +187,15 @@ def _split_labels(arrays: Feed, inputs: tuple[ModelInput, ...]) -> tuple[Feed, A
     return arrays, None
 
 
-def _has_samples(value: ModelInput, array: Array) -> bool:
+def has_samples(value: ModelInput, array: Array) -> bool:
+    """Whether an input's first axis counts samples."""
     return value.required and array.ndim > 0
 
 
 def _from_arrays(arrays: Feed, inputs: tuple[ModelInput, ...], what: str) -> Dataset:
     feed, labels = _split_labels(arrays, inputs)
     _check_feed(feed, inputs, what, whole=False)
-    sampled = {v.name: feed[v.name] for v in inputs if v.name in feed and _has_samples(v, feed[v.name])}
+    sampled = {v.name: feed[v.name] for v in inputs if v.name in feed and has_samples(v, feed[v.name])}
     counts = {name: len(array) for name, array in sampled.items()}
     if labels is not None:
         if labels.ndim == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,10 @@ class Top1:
             self._scores.append(counted)
         else:
             self._count(*counted)
+
+    def copy(self) -> Top1:
+        """The counts so far, to finish apart."""
+        return replace(self, _scores=list(self._scores))
 
     def finish(self) -> bool:
         """Settle the threshold of binary scores; False if, without labels, they may as well be a regression's."""

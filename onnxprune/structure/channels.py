@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 
 from onnxprune.algorithms import patterns
-from onnxprune.algorithms.allocate import ALLOCATIONS
+from onnxprune.algorithms.allocate import ALLOCATIONS, given
 from onnxprune.algorithms.patterns import Units
 from onnxprune.algorithms.pruner import Clock, target
 from onnxprune.algorithms.scores import BN_SCALE, CALIBRATED, CHANNEL_SCORES, l1
@@ -40,6 +40,7 @@ def decide(
     held: Mapping[str, np.ndarray] | None = None,
     align: int | None = None,
     norms: Mapping[str, np.ndarray] | None = None,
+    shares: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, np.ndarray], list[Skipped]]:
     """Which channels go, at one point in time.
 
@@ -53,6 +54,7 @@ def decide(
         held: masks from earlier (True is kept, stored shape); channels they removed stay removed.
         align: counts are rounded to multiples of it; `lanes()` unless given.
         norms: for scores from calibration data, the norms of each weight's inputs in role order.
+        shares: for the allocation 'sensitivity', the share of each group's channels (0 where it has none).
 
     Returns:
         Group name -> boolean array, True where the channel goes; and the weights that cannot be pruned, with reasons.
@@ -84,8 +86,8 @@ def decide(
                 reason = f"its channels are those of '{unread[0]}', whose inputs cannot be read"
                 skipped[producers[0]] = Skipped(producers[0], coupling.by_name[producers[0]].op_type, reason)
             continue
-        shares = [target(config.entries[coupled[name]], clock) for name in producers]
-        chosen.setdefault(index, []).append((group, min(0.0 if share is None else share for share in shares)))
+        asked = [target(config.entries[coupled[name]], clock) for name in producers]
+        chosen.setdefault(index, []).append((group, min(0.0 if share is None else share for share in asked)))
     for pinned in coupling.pinned:
         if pinned.name in coupled:
             skipped.setdefault(pinned.name, Skipped(pinned.name, pinned.op_type, pinned.reason))
@@ -95,7 +97,10 @@ def decide(
         for share in sorted({share for _, share in groups}):
             part = [group for group, wanted in groups if wanted == share]
             made = [units(coupling, group, entry.score, _held(group, held or {}), norms) for group in part]
-            for group, unit, gone in zip(part, made, ALLOCATIONS[entry.allocation](made, share), strict=True):
+            allocation = ALLOCATIONS[entry.allocation]
+            if entry.allocation == "sensitivity" and shares is not None:
+                allocation = given([shares.get(group.name, 0.0) for group in part])
+            for group, unit, gone in zip(part, made, allocation(made, share), strict=True):
                 removed[group.name] = rounded(group, gone, unit.scores, align, unit.held)
     return removed, list(skipped.values())
 

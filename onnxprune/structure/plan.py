@@ -60,9 +60,10 @@ class Plan:
         held: Mapping[str, np.ndarray] | None = None,
         align: int | None = None,
         norms: Mapping[str, np.ndarray] | None = None,
+        shares: Mapping[str, float] | None = None,
     ) -> tuple[dict[str, np.ndarray], list[Skipped]]:
         """Choose channels; returns the masks that zero them (any stored tensor -> True is kept), and what is pinned."""
-        self.removed, skipped = channels.decide(config, self.coupling, clock, held, align, norms)
+        self.removed, skipped = channels.decide(config, self.coupling, clock, held, align, norms, shares)
         return shrink.kept(self.coupling, self.removed), skipped
 
     @property
