@@ -137,7 +137,7 @@ class Result:
             force: allow the target to be the source.
         """
         target = Path(path)
-        _check_target(self.model, target, force)
+        check_target(self.model, target, force)
         with self.model.stage(target, sparse_storage=sparse) as staged:
             return staged.commit()
 
@@ -315,7 +315,7 @@ def run(
     model = load(source)
     target = None if output is None else Path(output)
     if target is not None:
-        _check_target(model, target, force)
+        check_target(model, target, force)
     plan = None
     if config.coupled:
         plan = _plan(model, shapes, config.inexact)
@@ -542,7 +542,7 @@ def lower(
     source = load(model)
     target = None if output is None else Path(output)
     if target is not None:
-        _check_target(source, target, force)
+        check_target(source, target, force)
     found, report = lowered(source, shapes, Latencies.open(threads, latency_table, timing), verify)
     if target is None:
         return Lowered(found, report)
@@ -609,7 +609,8 @@ def row(weight: Weight, keep: np.ndarray) -> Row:
     return Row(weight.name, weight.op_type, weight.shape, weight.size, before, int(np.count_nonzero(zero)))
 
 
-def _check_target(model: Model, target: Path, force: bool) -> None:
+def check_target(model: Model, target: Path, force: bool) -> None:
+    """Refuse a target that is a folder, or the model itself unless forced."""
     with writing(target):
         same = model.path is not None and target.exists() and os.path.samefile(model.path, target)
         folder = target.is_dir()

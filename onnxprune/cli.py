@@ -6,32 +6,27 @@ Exit status 0 is done, 1 a gate that was not met, 2 bad input or usage. Results 
 
 from __future__ import annotations
 
-import contextlib
 import io
-import json
 import os
 import sys
-import threading
-import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from onnxprune.cli_output import print_json, results_only, say, show
 from onnxprune.errors import PruneError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from onnxprune.api import Result
     from onnxprune.inspection import Inspection
     from onnxprune.runtime.benchmark import Benchmark
     from onnxprune.tables import Sizes
 
-GATE_NOT_MET, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
+GATE_NOT_MET, BAD_INPUT, INTERRUPTED = 1, 2, 130
 # typer has no public name for the parent of its usage errors, and where it keeps it differs between versions.
 _USAGE_ERRORS = cast("tuple[type[Exception], ...]", typer.BadParameter.__bases__)
 
@@ -172,7 +167,7 @@ def prune(
     chosen = _config(sparsity, config, pattern, op_types, op_names, exclude)
     if masks is not None:
         _check_masks(masks, output, model)
-    with _results_only():
+    with results_only():
         from onnxprune import api
         from onnxprune.inspection import inspect
         from onnxprune.runtime.feeds import parse_shapes
@@ -193,20 +188,20 @@ def prune(
         latency = None if no_benchmark or result.path is None else _latency(result.path, model, shapes, threads)
         sizes = _sizes(dense, result, model)
     if as_json:
-        _print_json(_as_dict(model, result, sizes, latency))
+        print_json(_as_dict(model, result, sizes, latency))
     else:
         from onnxprune import tables
 
-        _show(tables.pruned(result.report))
-        _show(tables.channels(result.report))
-        _show(tables.sentence(note) for note in result.report.notes)
+        show(tables.pruned(result.report))
+        show(tables.channels(result.report))
+        show(tables.sentence(note) for note in result.report.notes)
         if result.report.lowering is not None:
-            _show(tables.lowered(result.report.lowering))
-        _show(tables.compared(sizes, result.evaluation, latency))
+            show(tables.lowered(result.report.lowering))
+        show(tables.compared(sizes, result.evaluation, latency))
         smaller = bool(result.report.groups) or bool(result.report.lowering and result.report.lowering.rows)
-        _show(tables.verdict(result.sparsity, latency, result.path, cut=smaller and not keep_shape))
+        show(tables.verdict(result.sparsity, latency, result.path, cut=smaller and not keep_shape))
     if not result.accepted:
-        _say(_gate(result, max_drop))
+        say(_gate(result, max_drop))
         raise typer.Exit(GATE_NOT_MET)
 
 
@@ -227,7 +222,7 @@ def lower(
     as_json: Json = False,
 ) -> None:
     """Write layers whose zeros leave groups of outputs with inputs of their own as smaller operators."""
-    with _results_only():
+    with results_only():
         from onnxprune import api
         from onnxprune.runtime.feeds import parse_shapes
 
@@ -240,46 +235,46 @@ def lower(
         latency = None if no_timing else _latency(found.path, model, shapes, threads)
     if as_json:
         timed = None if latency is None or isinstance(latency, str) else latency.to_dict()
-        _print_json({"model": model, "output": str(found.path), "lowering": asdict(found.report), "benchmark": timed})
+        print_json({"model": model, "output": str(found.path), "lowering": asdict(found.report), "benchmark": timed})
     else:
         from onnxprune import tables
 
-        _show(tables.lowered(found.report))
+        show(tables.lowered(found.report))
         if latency is not None and not isinstance(latency, str):
-            _show(tables.benchmarked(latency))
-        _show([tables.sentence(f"Written: {found.path}")])
+            show(tables.benchmarked(latency))
+        show([tables.sentence(f"Written: {found.path}")])
 
 
 @app.command(short_help="Show weights, zeros and multiply-accumulates.")
 def inspect(model: Model, shape: Shapes = None, as_json: Json = False) -> None:
     """Show a model's weights in their roles: shapes, zeros, multiply-accumulates, and what cannot be pruned and why."""
-    with _results_only():
+    with results_only():
         from onnxprune import inspection
         from onnxprune.runtime.feeds import parse_shapes
 
         found = inspection.inspect(model, parse_shapes(shape or []))
     if as_json:
-        _print_json(found.to_dict())
+        print_json(found.to_dict())
     else:
         from onnxprune import tables
 
-        _show(tables.inspected(found))
+        show(tables.inspected(found))
 
 
 @app.command(short_help="Show the groups of channels, and what pins the others.")
 def explain(model: Model, shape: Shapes = None, as_json: Json = False) -> None:
     """Show what lives or dies together in a model: its groups of channels and heads, and what pins the others."""
-    with _results_only():
+    with results_only():
         from onnxprune import structure
         from onnxprune.runtime.feeds import parse_shapes
 
         found = structure.explain(model, parse_shapes(shape or []))
     if as_json:
-        _print_json(found.to_dict())
+        print_json(found.to_dict())
     else:
         from onnxprune import tables
 
-        _show(tables.explained(found))
+        show(tables.explained(found))
 
 
 @app.command(short_help="Measure accuracy, or agreement with a baseline.")
@@ -292,16 +287,16 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a model on data in onnxruntime: accuracy with labels, agreement with a baseline without."""
-    with _results_only():
+    with results_only():
         from onnxprune.runtime import evaluate as evaluation
 
         found = evaluation.evaluate(model, data, baseline, metric=metric, threads=threads)
     if as_json:
-        _print_json(found.to_dict())
+        print_json(found.to_dict())
     else:
         from onnxprune import tables
 
-        _show(tables.evaluated(found))
+        show(tables.evaluated(found))
 
 
 @app.command(short_help="Measure latency, in turns with a baseline's.")
@@ -316,7 +311,7 @@ def benchmark(
     as_json: Json = False,
 ) -> None:
     """Measure a model's latency in onnxruntime, in turns with a baseline's."""
-    with _results_only():
+    with results_only():
         from onnxprune.runtime import benchmark as benchmarking
         from onnxprune.runtime.feeds import parse_shapes
 
@@ -325,11 +320,11 @@ def benchmark(
             model, baseline, shapes=shapes, threads=1 if threads is None else threads, runs=runs
         )
     if as_json:
-        _print_json(found.to_dict())
+        print_json(found.to_dict())
     else:
         from onnxprune import tables
 
-        _show(tables.benchmarked(found))
+        show(tables.benchmarked(found))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -350,16 +345,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise KeyboardInterrupt
         return status if isinstance(status, int) else 0
     except _USAGE_ERRORS as error:
-        _say(f"error: {_usage(error)}")
+        say(f"error: {_usage(error)}")
     except PruneError as error:
         _trace()
-        _say(f"error: {error}")
+        say(f"error: {error}")
     except (KeyboardInterrupt, typer.Abort):
-        _say("interrupted")
+        say("interrupted")
         return INTERRUPTED
     except Exception as error:
         _trace()
-        _say(
+        say(
             f"error: unexpected {type(error).__name__}: {error}. This is a fault of onnxprune or of a library it uses; "
             "set ONNXPRUNE_DEBUG=1 to see where it happens"
         )
@@ -461,78 +456,6 @@ def _gate(result: Result, max_drop: float | None) -> str:
     what = "agreement with the dense model" if evaluation.metric is None else evaluation.metric
     fell = f"{what} fell by {evaluation.loss:.6g}, more than --max-drop {max_drop:g} allows"
     return f"gate not met: {fell}; nothing was written"
-
-
-# --------------------------------------------------------------------------------------------------- in and out
-
-
-@contextlib.contextmanager
-def _results_only() -> Iterator[None]:
-    """Keep stdout for results: what a user's data function or a library prints goes to stderr."""
-    from onnxprune import progress
-
-    with contextlib.redirect_stdout(sys.stderr), progress.shown(_bar):
-        yield
-
-
-SLOW = 2.0
-"""Seconds from which on work is shown to go on."""
-
-
-@contextlib.contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with bytes and rate on stderr, where that is a terminal and the work takes longer than `SLOW`."""
-    if not sys.stderr.isatty():
-        yield lambda count: None
-        return
-    lock, start, done, bar = threading.Lock(), time.monotonic(), 0, None
-    with contextlib.ExitStack() as stack:
-
-        def advance(count: int) -> None:
-            nonlocal done, bar
-            with lock:
-                done += count
-                if bar is None and time.monotonic() - start > SLOW:
-                    from onnxprune import tables
-
-                    bar = tables.bar(sys.stderr)
-                    stack.enter_context(bar)
-                    bar.add_task(tables.escaped(what), total=total)
-                if bar is not None:
-                    bar.update(bar.task_ids[0], completed=done)
-
-        yield advance
-
-
-def _show(parts: Iterable[RenderableType]) -> None:
-    from rich.console import Console
-
-    console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
-    with console.capture() as capture:
-        console.print(*parts, sep="")
-    lines = [line.rstrip() for line in capture.get().splitlines()]
-    doubled = [not line and (index == 0 or not lines[index - 1]) for index, line in enumerate(lines)]
-    _print("\n".join(line for line, drop in zip(lines, doubled, strict=True) if not drop))
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    _print(json.dumps(value, indent=2, allow_nan=False))
-
-
-def _print(text: str) -> None:
-    """To stdout; where nobody reads it any more, that is the end."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would fail again
-        raise typer.Exit(BROKEN_PIPE) from None
-
-
-def _say(text: str) -> None:
-    """One paragraph on stderr."""
-    from onnxprune.tables import escaped
-
-    print(escaped(" ".join(text.split())), file=sys.stderr)
 
 
 def _usage(error: Any) -> str:

@@ -20,7 +20,7 @@ from onnxprune.algorithms.patterns import parse
 from onnxprune.checkpoint import Checkpoint
 from onnxprune.errors import PruneError
 from onnxprune.graph.model import Model, ModelSource, load
-from onnxprune.graph.weights import Skipped
+from onnxprune.graph.weights import Skipped, find
 from onnxprune.probe import Point, Probe, Shared
 from onnxprune.runtime import samples as sampling
 from onnxprune.runtime.evaluate import Comparison
@@ -225,11 +225,17 @@ def measure(
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
     stopped: Callable[[], bool] = lambda: False,
+    finish: bool = True,
+    norms: Mapping[str, np.ndarray] | None = None,
 ) -> Sensitivity:
-    """The curves of what the first entry of a configuration governs. See `sensitivity`."""
+    """The curves of what the first entry of a configuration governs; see `sensitivity`.
+
+    `stopped` is asked after each measurement; where it says so, Stopped is raised. Without `finish` the checkpoint
+    stays. `norms` are those of each weight's inputs, where the score needs them.
+    """
     entry = config.entries[0]
     model = load(source)
-    content = _content(model, source)
+    content = content_of(model, source)
     comparison = Comparison.of(dense, dense, dataset, metric)
     ordered = sampling.shuffled(dataset, seed)
     most = parse(entry.pattern).most
@@ -261,7 +267,8 @@ def measure(
     for item, (op_type, size) in probe.items.items():
         points = [Point(**keep.records[f"{item} {level}"]) for level in tried]
         curves.append(Curve(item, op_type, size, tuple(points)))
-    keep.done()
+    if finish:
+        keep.done()
     notes = [
         f"the model's outputs on these data do not depend on '{curve.name}': pruning it loses nothing that they show"
         for curve in curves
@@ -363,7 +370,15 @@ def _measure_latency(
         keep.add(f"{item} {level}", record | {"latency": 1 - 1 / (found.speedup or 1.0)})
 
 
-def _content(model: Model, source: ModelSource) -> np.ndarray | str:
+def _norms(model: Model, dataset: Dataset, config: configuration.Config, threads: int | None) -> dict[str, np.ndarray]:
+    from onnxprune.layerwise import Calibrated
+
+    weights = [weight for _, chosen in config.assign(find(model)[0]) for weight in chosen]
+    return Calibrated.of(model, weights, dataset, None, threads).norms(config)
+
+
+def content_of(model: Model, source: ModelSource) -> np.ndarray | str:
+    """The bytes of a model, or its path where its data lie in files: what is sent to other processes."""
     if model.external_files and isinstance(source, (str, os.PathLike)):
         return os.path.abspath(source)
     return np.frombuffer(model.to_proto().SerializeToString(), np.uint8)

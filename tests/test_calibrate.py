@@ -12,11 +12,14 @@ import pytest
 import torch
 from nets import parse
 
+import onnxprune
+from onnxprune import PruneError
 from onnxprune.graph.model import load
 from onnxprune.graph.weights import find
 from onnxprune.runtime import calibrate
 from onnxprune.runtime.feeds import load_data
 from onnxprune.runtime.session import open_session
+from onnxprune.runtime.stream import cut, parse_memory
 
 RNG = np.random.default_rng(6)
 

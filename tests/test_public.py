@@ -52,6 +52,7 @@ FLOORS = {
     "curves": 4,
     "inspection": 4,
     "api": 5,
+    "recipes": 5,
     "search": 5,
     "tables": 6,
     "report": 6,

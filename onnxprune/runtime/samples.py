@@ -61,6 +61,11 @@ def split(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
     return take(dataset, order[held:]), take(dataset, order[:held])
 
 
+def first(dataset: Dataset, number: int) -> Dataset:
+    """So many samples (or whole feeds) from the beginning."""
+    return take(dataset, np.arange(min(number, count(dataset))))
+
+
 def digest(dataset: Dataset) -> str:
     """Changes with any value, shape, type or order of the data."""
     state = hashlib.blake2b(digest_size=16)

@@ -379,9 +379,8 @@ def bridges(rounds: int) -> None:
     """Bar 6."""
     import torch
     from bench_bridges import CASES, EXPORTS, SCHEDULE, quiet
-    from torch.nn.utils import prune as torch_prune
-
     from onnxprune.converters.torch import AGPPruner
+    from torch.nn.utils import prune as torch_prune
 
     case = CASES["resnet50"]
     torch.manual_seed(0)

@@ -1,0 +1,90 @@
+"""What the command line prints: results to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+BROKEN_PIPE = 141
+
+
+@contextlib.contextmanager
+def results_only() -> Iterator[None]:
+    """Keep stdout for results: what a user's data function or a library prints goes to stderr."""
+    from onnxprune import progress
+
+    with contextlib.redirect_stdout(sys.stderr), progress.shown(_bar):
+        yield
+
+
+SLOW = 2.0
+"""Seconds from which on work is shown to go on."""
+
+
+@contextlib.contextmanager
+def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with bytes and rate on stderr, where that is a terminal and the work takes longer than `SLOW`."""
+    if not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    lock, start, done, bar = threading.Lock(), time.monotonic(), 0, None
+    with contextlib.ExitStack() as stack:
+
+        def advance(count: int) -> None:
+            nonlocal done, bar
+            with lock:
+                done += count
+                if bar is None and time.monotonic() - start > SLOW:
+                    from onnxprune import tables
+
+                    bar = tables.bar(sys.stderr)
+                    stack.enter_context(bar)
+                    bar.add_task(tables.escaped(what), total=total)
+                if bar is not None:
+                    bar.update(bar.task_ids[0], completed=done)
+
+        yield advance
+
+
+def show(parts: Iterable[RenderableType]) -> None:
+    """Tables and sentences, to stdout."""
+    from rich.console import Console
+
+    console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+    with console.capture() as capture:
+        console.print(*parts, sep="")
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    doubled = [not line and (index == 0 or not lines[index - 1]) for index, line in enumerate(lines)]
+    _print("\n".join(line for line, drop in zip(lines, doubled, strict=True) if not drop))
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object, to stdout."""
+    _print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _print(text: str) -> None:
+    """To stdout; where nobody reads it any more, that is the end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would fail again
+        raise typer.Exit(BROKEN_PIPE) from None
+
+
+def say(text: str) -> None:
+    """One paragraph on stderr."""
+    from onnxprune.tables import escaped
+
+    print(escaped(" ".join(text.split())), file=sys.stderr)
