@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from onnxprune.cli_output import print_json, results_only, say, show
+from onnxprune import cli_search
+from onnxprune.cli_options import DATA, Baseline, Json, Metric, Model, NoTiming, Report, Shapes, Table, Threads
+from onnxprune.cli_output import check_report, print_json, reported, results_only, say, show
 from onnxprune.errors import PruneError
 
 if TYPE_CHECKING:
@@ -38,30 +40,8 @@ app = typer.Typer(
     epilog="Exit status: 0 done, 1 accuracy fell by more than --max-drop, 2 bad input or usage.",
 )
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="An ONNX file.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-Shapes = Annotated[
-    list[str] | None,
-    typer.Option("--shape", metavar="NAME=1x3x224x224", help="Size of an input with dynamic dims; may be repeated."),
-]
-Threads = Annotated[int | None, typer.Option(metavar="N", help="Threads of onnxruntime.", show_default=False)]
-Metric = Annotated[
-    str | None,
-    typer.Option(metavar="MODULE:FUNCTION", help="Called with outputs and labels; higher is better."),
-]
-Baseline = Annotated[
-    str | None, typer.Option(metavar="DENSE", help="The dense model, to compare with.", show_default=False)
-]
-Table = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE",
-        help="JSON with times of layers: taken from it where it exists, else written.",
-        show_default=False,
-    ),
-]
-NoTiming = Annotated[bool, typer.Option("--no-timing", help="Estimate what is faster instead of timing layers.")]
-_DATA = "An .npz with an array per input and optional 'labels', or module:function."
+
+cli_search.register(app)
 
 
 @app.callback(invoke_without_command=True)
@@ -121,7 +101,7 @@ def prune(
     reconstruct: Annotated[
         bool, typer.Option("--reconstruct", help="Refit what survives to the dense outputs on calibration data.")
     ] = False,
-    data: Annotated[str | None, typer.Option(metavar="DATA", help=f"Compare dense and pruned on it. {_DATA}")] = None,
+    data: Annotated[str | None, typer.Option(metavar="DATA", help=f"Compare dense and pruned on it. {DATA}")] = None,
     calibration: Annotated[
         str | None, typer.Option(metavar="DATA", help="Calibrate on it instead of --data; labels are not used.")
     ] = None,
@@ -159,6 +139,7 @@ def prune(
     latency_table: Table = None,
     no_timing: NoTiming = False,
     no_benchmark: Annotated[bool, typer.Option("--no-benchmark", help="Do not measure latency.")] = False,
+    report: Report = None,
     as_json: Json = False,
 ) -> None:
     """Zero the entries of a model's weights that matter least, and show what it cost and what it bought."""
@@ -167,6 +148,7 @@ def prune(
     chosen = _config(sparsity, config, pattern, op_types, op_names, exclude)
     if masks is not None:
         _check_masks(masks, output, model)
+    check_report(report, output, model)
     with results_only():
         from onnxprune import api
         from onnxprune.inspection import inspect
@@ -187,8 +169,11 @@ def prune(
             result.masks.save(masks)
         latency = None if no_benchmark or result.path is None else _latency(result.path, model, shapes, threads)
         sizes = _sizes(dense, result, model)
+        shown = _as_dict(model, result, sizes, latency)
+        if report is not None:
+            shown = _page(report, shown, result, chosen, model)
     if as_json:
-        print_json(_as_dict(model, result, sizes, latency))
+        print_json(shown)
     else:
         from onnxprune import tables
 
@@ -280,19 +265,24 @@ def explain(model: Model, shape: Shapes = None, as_json: Json = False) -> None:
 @app.command(short_help="Measure accuracy, or agreement with a baseline.")
 def evaluate(
     model: Model,
-    data: Annotated[str, typer.Option(metavar="DATA", help=_DATA, show_default=False)],
+    data: Annotated[str, typer.Option(metavar="DATA", help=DATA, show_default=False)],
     baseline: Baseline = None,
     metric: Metric = None,
     threads: Threads = None,
+    report: Report = None,
     as_json: Json = False,
 ) -> None:
     """Measure a model on data in onnxruntime: accuracy with labels, agreement with a baseline without."""
+    check_report(report, model)
     with results_only():
         from onnxprune.runtime import evaluate as evaluation
 
         found = evaluation.evaluate(model, data, baseline, metric=metric, threads=threads)
+        shown = found.to_dict()
+        if report is not None:
+            shown = reported(report, "evaluate", {"model": model, "evaluation": shown}) | shown
     if as_json:
-        print_json(found.to_dict())
+        print_json(shown)
     else:
         from onnxprune import tables
 
@@ -308,9 +298,11 @@ def benchmark(
     runs: Annotated[
         int | None, typer.Option(metavar="N", help="Timed runs; as many as fit into 2 s unless given.")
     ] = None,
+    report: Report = None,
     as_json: Json = False,
 ) -> None:
     """Measure a model's latency in onnxruntime, in turns with a baseline's."""
+    check_report(report, model)
     with results_only():
         from onnxprune.runtime import benchmark as benchmarking
         from onnxprune.runtime.feeds import parse_shapes
@@ -319,8 +311,11 @@ def benchmark(
         found = benchmarking.benchmark(
             model, baseline, shapes=shapes, threads=1 if threads is None else threads, runs=runs
         )
+        shown = found.to_dict()
+        if report is not None:
+            shown = reported(report, "benchmark", {"model": model, "benchmark": shown}) | shown
     if as_json:
-        print_json(found.to_dict())
+        print_json(shown)
     else:
         from onnxprune import tables
 
@@ -448,6 +443,16 @@ def _as_dict(model: str, result: Result, sizes: Sizes, latency: Benchmark | str 
         "benchmark": None if latency is None or isinstance(latency, str) else latency.to_dict(),
         "benchmark_skipped": latency if isinstance(latency, str) else None,
     }
+
+
+def _page(report: Path, shown: dict[str, Any], result: Result, config: Any, model: str) -> dict[str, Any]:
+    """Write the page; returns its JSON."""
+    from onnxprune.report.document import histograms
+
+    told = config if not isinstance(config, str) else {"file": config}
+    if result.path is None or os.path.samefile(result.path, model):
+        return reported(report, "prune", shown, told)
+    return reported(report, "prune", shown, told, histograms=histograms(model, result.path))
 
 
 def _gate(result: Result, max_drop: float | None) -> str:

@@ -8,10 +8,13 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+
+from onnxprune.errors import PruneError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -81,6 +84,32 @@ def _print(text: str) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would fail again
         raise typer.Exit(BROKEN_PIPE) from None
+
+
+def check_report(report: Path | None, *others: str | Path) -> None:
+    """What would make a page fail to be written is found out before anything is measured."""
+    if report is None:
+        return
+    from onnxprune.report import page
+
+    page.check()
+    if not report.parent.is_dir() or report.is_dir():
+        raise PruneError(f"cannot write the report to '{report}': give the name of a file in an existing folder")
+    if report.resolve() in {Path(other).resolve() for other in others}:
+        raise PruneError(f"the report '{report}' is the model itself or the output; choose another name")
+
+
+def reported(
+    report: Path, kind: str, result: Mapping[str, Any], configuration: Any = None, **more: Any
+) -> dict[str, Any]:
+    """Write the page about a result; returns its JSON."""
+    from onnxprune.report import page
+    from onnxprune.report.document import document
+
+    made = document(kind, result, configuration, **more)
+    page.write(made, report)
+    say(f"report: {report}")
+    return made
 
 
 def say(text: str) -> None:

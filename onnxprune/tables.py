@@ -65,11 +65,11 @@ def bar(stream: IO[str]) -> Progress:
 
 def pruned(report: Report) -> Iterator[RenderableType]:
     """What was zeroed, per weight and in total, and what was left alone."""
-    table = _table("weight", "operator", "shape", right=("entries", "zeros", "sparsity"))
+    table = columns("weight", "operator", "shape", right=("entries", "zeros", "sparsity"))
     for row in report.rows:
         zeros = f"{row.zeros_before:,} → {row.zeros:,}"
         table.add_row(
-            _name(row.name), _name(row.op_type), _shape(row.shape), f"{row.size:,}", zeros, percent(row.sparsity)
+            plain(row.name), plain(row.op_type), _shape(row.shape), f"{row.size:,}", zeros, percent(row.sparsity)
         )
     table.add_section()
     before = sum(row.zeros_before for row in report.rows)
@@ -83,10 +83,10 @@ def channels(report: Report) -> Iterator[RenderableType]:
     """What became of each group of channels, and how the cut model was checked; nothing where there are none."""
     if not report.groups:
         return
-    table = _table("channels of", right=("channels", "left", "share left"))
+    table = columns("channels of", right=("channels", "left", "share left"))
     for group in report.groups:
         what = f"{group.size:,}" if group.width == 1 else f"{group.size:,} of {group.width}"
-        table.add_row(_name(group.name), what, f"{group.kept:,}", percent(group.kept / group.size))
+        table.add_row(plain(group.name), what, f"{group.kept:,}", percent(group.kept / group.size))
     yield table
     if report.difference is not None:
         yield sentence(
@@ -98,11 +98,11 @@ def channels(report: Report) -> Iterator[RenderableType]:
 def lowered(lowering: Lowering) -> Iterator[RenderableType]:
     """What became of each layer with grouped inputs, and how the model was checked."""
     if lowering.rows:
-        table = _table("lowered", "operator", right=("groups", "inputs", "faster"), last="as")
+        table = columns("lowered", "operator", right=("groups", "inputs", "faster"), last="as")
         for row in lowering.rows:
             kept = f"{row.kept:,} of {row.inputs:,}"
             table.add_row(
-                _name(row.name), row.op_type, f"{row.groups:,}", kept, f"{row.dense / row.lowered:.2f}", row.form
+                plain(row.name), row.op_type, f"{row.groups:,}", kept, f"{row.dense / row.lowered:.2f}", row.form
             )
         yield table
         sources = {row.source for row in lowering.rows}
@@ -116,31 +116,31 @@ def lowered(lowering: Lowering) -> Iterator[RenderableType]:
             "scale from those of the model with the same zeros."
         )
     if lowering.dense:
-        stays = _table("stays dense", last="because")
+        stays = columns("stays dense", last="because")
         for item in lowering.dense:
-            stays.add_row(_name(f"{item.name} ({item.op_type})"), _name(item.reason))
+            stays.add_row(plain(f"{item.name} ({item.op_type})"), plain(item.reason))
         yield stays
 
 
 def explained(explanation: Explanation) -> Iterator[RenderableType]:
     """The groups of a model, and what pins the others."""
     if explanation.groups:
-        table = _table("channels of", right=("channels",), last="with them go")
+        table = columns("channels of", right=("channels",), last="with them go")
         for group in explanation.groups:
             what = f"{group.size:,}" if group.width == 1 else f"{group.size:,} of {group.width}"
-            table.add_row(_name(group.name), what + " heads" * group.heads, _along(group))
+            table.add_row(plain(group.name), what + " heads" * group.heads, _along(group))
         yield table
     else:
         yield sentence("No channels of this model can be pruned.")
     if explanation.pinned:
-        pinned = _table("pinned", right=("outputs",), last="because")
+        pinned = columns("pinned", right=("outputs",), last="because")
         reasons: dict[str, list[PinnedInfo]] = {}
         for item in explanation.pinned:
             reasons.setdefault(item.reason, []).append(item)
         for reason, items in reasons.items():
             sizes = sorted({item.outputs for item in items})
             span = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,}-{sizes[-1]:,}"
-            pinned.add_row(_several([f"{item.name} ({item.op_type})" for item in items]), span, _name(reason))
+            pinned.add_row(_several([f"{item.name} ({item.op_type})" for item in items]), span, plain(reason))
         yield pinned
     yield from left_alone(explanation.skipped)
 
@@ -155,7 +155,7 @@ def compared(
         evaluation: on the user's data, if there were any.
         benchmark: latencies, or the reason why there are none; None where they were not wanted.
     """
-    table = _table("", right=("dense", "pruned"), last="change")
+    table = columns("", right=("dense", "pruned"), last="change")
     if evaluation is not None:
         _accuracy(table, evaluation)
     fewer = f"{sizes.nonzero_before / sizes.nonzero:.2f} times fewer" if sizes.nonzero else "all gone"
@@ -198,13 +198,13 @@ def verdict(
 
 def inspected(inspection: Inspection) -> Iterator[RenderableType]:
     """A model's weights in their roles, and its totals."""
-    table = _table("weight", "operator", "shape", right=("entries", "sparsity", "MACs"))
+    table = columns("weight", "operator", "shape", right=("entries", "sparsity", "MACs"))
     mixed = len({weight.dtype for weight in inspection.weights}) > 1
     for weight in inspection.weights:
         operators = ", ".join(weight.op_types)
         macs = UNKNOWN if weight.macs is None else f"{weight.macs:,}"
         shape = _shape(weight.shape) + (f" {weight.dtype}" if mixed else "")
-        table.add_row(_name(weight.name), _name(operators), shape, f"{weight.size:,}", percent(weight.sparsity), macs)
+        table.add_row(plain(weight.name), plain(operators), shape, f"{weight.size:,}", percent(weight.sparsity), macs)
     table.add_section()
     total = _macs(inspection)
     table.add_row(*_bold("total", "", "", f"{inspection.size:,}", percent(inspection.sparsity), total))
@@ -218,7 +218,7 @@ def inspected(inspection: Inspection) -> Iterator[RenderableType]:
 def evaluated(evaluation: Evaluation) -> Iterator[RenderableType]:
     """A model's result on data, beside its baseline's."""
     if evaluation.agreement is not None:
-        table = _table("", right=("baseline", "model"), last="change")
+        table = columns("", right=("baseline", "model"), last="change")
         _accuracy(table, evaluation)
         yield table
     elif evaluation.score is not None:
@@ -230,7 +230,7 @@ def evaluated(evaluation: Evaluation) -> Iterator[RenderableType]:
 def benchmarked(benchmark: Benchmark) -> Iterator[RenderableType]:
     """A model's latency, beside its baseline's."""
     if benchmark.baseline is not None:
-        table = _table("", right=("baseline", "model"), last="change")
+        table = columns("", right=("baseline", "model"), last="change")
         _latency(table, benchmark)
         yield table
     else:
@@ -244,18 +244,18 @@ def left_alone(skipped: Sequence[Skipped]) -> Iterator[RenderableType]:
     """Weights that were left alone, grouped by reason; nothing where there are none."""
     if not skipped:
         return
-    table = _table("left alone", last="because")
+    table = columns("left alone", last="because")
     reasons: dict[str, list[str]] = {}
     for item in skipped:
         reasons.setdefault(item.reason, []).append(f"{item.name} ({item.op_type})")
     for reason, names in reasons.items():
-        table.add_row(_several(names), _name(reason))
+        table.add_row(_several(names), plain(reason))
     yield table
 
 
 def sentence(text: str) -> RenderableType:
     """A paragraph of its own."""
-    return Padding(_name(text), (0, 0, 1, 1))
+    return Padding(plain(text), (0, 0, 1, 1))
 
 
 def percent(share: float) -> str:
@@ -283,7 +283,7 @@ def escaped(text: str) -> str:
 def _accuracy(table: Table, evaluation: Evaluation) -> None:
     if evaluation.score is not None:
         cells = [_score(evaluation.metric, value) for value in (evaluation.baseline_score, evaluation.score)]
-        table.add_row(_name(_metric(evaluation)), *cells, _score_change(evaluation))
+        table.add_row(plain(_metric(evaluation)), *cells, _score_change(evaluation))
     agreement = evaluation.agreement
     if agreement is None:
         return
@@ -366,9 +366,9 @@ def _unknown_macs(weights: Iterable[WeightInfo]) -> Iterator[RenderableType]:
         if weight.macs is None:
             reasons.setdefault(weight.macs_unknown, []).append(weight.name)
     if reasons:
-        table = _table("MACs not known of", last="because")
+        table = columns("MACs not known of", last="because")
         for reason, names in reasons.items():
-            table.add_row(_several(names), _name(reason))
+            table.add_row(_several(names), plain(reason))
         yield table
 
 
@@ -381,12 +381,12 @@ def _facts(inspection: Inspection) -> RenderableType:
     grid.add_row("parameters", f"{inspection.parameters:,} ({inspection.nonzero:,} non-zero, {zeros:,} zero)")
     if inspection.file_bytes is not None:
         grid.add_row("file size", size(inspection.file_bytes))
-    grid.add_row("opset", _name(f"{opsets}; IR version {inspection.ir_version}"))
+    grid.add_row("opset", plain(f"{opsets}; IR version {inspection.ir_version}"))
     if inspection.producer:
-        grid.add_row("producer", _name(inspection.producer))
+        grid.add_row("producer", plain(inspection.producer))
     for label, ports in (("input", inspection.inputs), ("output", inspection.outputs)):
         for port in ports:
-            grid.add_row(label, _name(_port(port)))
+            grid.add_row(label, plain(_port(port)))
     return Padding(grid, (0, 0, 1, 1))
 
 
@@ -403,7 +403,7 @@ def _port(port: Port) -> str:
 # ------------------------------------------------------------------------------------------------------- helpers
 
 
-def _table(*left: str, right: Sequence[str] = (), last: str = "") -> Table:
+def columns(*left: str, right: Sequence[str] = (), last: str = "") -> Table:
     """A table with a rule under its head: texts fold, numbers stand to the right and do not wrap."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=True, padding=(0, 1), header_style="bold")
     for title in left:
@@ -415,7 +415,8 @@ def _table(*left: str, right: Sequence[str] = (), last: str = "") -> Table:
     return table
 
 
-def _name(text: str) -> Text:
+def plain(text: str) -> Text:
+    """A text from outside: never read as markup, control characters escaped."""
     return Text(escaped(text))
 
 
@@ -436,13 +437,13 @@ def _along(group: GroupInfo) -> Text:
             parts.append(f"{role}s of {_several(others)}")
     if count := sum(member.role == "parameter" for member in group.members):
         parts.append(f"{count} other tensor{'s' if count > 1 else ''}")
-    return _name("; ".join(parts))
+    return plain("; ".join(parts))
 
 
 def _several(names: Sequence[str]) -> Text:
     more = len(names) - LISTED
     shown = [*names[:LISTED], *([f"and {more} more"] if more > 0 else [])]
-    return _name(", ".join(shown))
+    return plain(", ".join(shown))
 
 
 def _assumed(benchmark: Benchmark | str | None) -> tuple[str, ...]:
@@ -450,6 +451,6 @@ def _assumed(benchmark: Benchmark | str | None) -> tuple[str, ...]:
 
 
 def _notes(notes: Iterable[str]) -> Iterator[RenderableType]:
-    texts = [_name(f"note: {note}") for note in notes]
+    texts = [plain(f"note: {note}") for note in notes]
     for index, text in enumerate(texts):
         yield Padding(text, (0, 0, int(index == len(texts) - 1), 1))
