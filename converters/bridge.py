@@ -162,9 +162,19 @@ class Bridge(Pruner):
     def _write(
         self, candidate: deploy.Candidate, path: str | os.PathLike[str], keep_shape: bool = False
     ) -> deploy.Exported:
-        """Check an exported model and write it; without its dead channels where channels are pruned."""
-        smaller = self.config.coupled and not keep_shape
-        return deploy.write(candidate, path, lambda model: note(model, self.config, self.report, self.clock), smaller)
+        """Check an exported model and write it: smaller where channels or grouped inputs are pruned."""
+        return deploy.write(
+            candidate,
+            path,
+            lambda model: note(model, self.config, self.report, self.clock),
+            None if keep_shape else self._smaller_form(),
+        )
+
+    def _smaller_form(self) -> deploy.Smaller | None:
+        """What makes the exported model smaller, by what is pruned; lowering leaves out dead channels, too."""
+        if self.config.grouped:
+            return deploy.lowered
+        return deploy.compacted if self.config.coupled else None
 
     @abstractmethod
     def _hold(self, kept: Mapping[str, np.ndarray]) -> None:

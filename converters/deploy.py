@@ -19,6 +19,9 @@ from onnxprune.graph.weights import Weight, find
 TOLERANCE = 1e-4
 """Largest difference between onnxruntime and a framework in 32 bits, as a share of an output's largest magnitude."""
 
+Smaller = Callable[[Model, Mapping[str, Sequence[int]]], Model]
+"""Takes a model and the shapes of its inputs."""
+
 _EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
@@ -77,7 +80,7 @@ def tolerance(types: Iterable[str]) -> float:
 
 
 def write(
-    candidate: Candidate, path: str | os.PathLike[str], record: Callable[[Model], None], smaller: bool = False
+    candidate: Candidate, path: str | os.PathLike[str], record: Callable[[Model], None], smaller: Smaller | None = None
 ) -> Exported:
     """Check an exported model, and write it: beside the target first, then renamed.
 
@@ -85,7 +88,7 @@ def write(
         candidate: the model.
         path: the target.
         record: writes into the model what is to be known about it.
-        smaller: cut the channels out that its zeros have made dead; the file is checked before and after.
+        smaller: makes of the checked model one that computes the same with less, which is checked as well.
 
     Raises:
         PruneError: a pruned entry is not 0 in the file, or onnxruntime cannot run it or computes something else;
@@ -98,9 +101,10 @@ def write(
     with candidate.model.stage(target) as staged:
         absent = check_zeros(load(staged.path), candidate.weights, candidate.kept)
         apart = check_outputs(staged.path, candidate)
-        written = target if smaller else staged.commit()
-    if smaller:
-        cut = _compact(candidate)
+        written = target if smaller is not None else staged.commit()
+    if smaller is not None:
+        shapes = {name: array.shape for name, array in candidate.feeds.items()}
+        cut = replace(candidate, model=smaller(candidate.model, shapes))
         record(cut.model)
         with cut.model.stage(target) as staged:
             apart = check_outputs(staged.path, cut)
@@ -111,11 +115,19 @@ def write(
     return Exported(written, apart, zeros / size if size else 0.0, zeros, absent)
 
 
-def _compact(candidate: Candidate) -> Candidate:
+def compacted(model: Model, shapes: Mapping[str, Sequence[int]]) -> Model:
+    """Without the channels that zeros have made dead."""
     from onnxprune.structure.compact import compact  # scipy takes a while to import
 
-    model, _, _ = compact(candidate.model, {name: array.shape for name, array in candidate.feeds.items()})
-    return replace(candidate, model=model)
+    return compact(model, shapes)[0]
+
+
+def lowered(model: Model, shapes: Mapping[str, Sequence[int]]) -> Model:
+    """With grouped inputs as smaller operators, where these are measured to be faster on one thread."""
+    from onnxprune.lowering.latency import Latencies
+    from onnxprune.lowering.lower import lowered as lower
+
+    return lower(model, shapes, Latencies.open())[0]
 
 
 def check_outputs(path: Path, candidate: Candidate) -> float:

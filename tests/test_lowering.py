@@ -23,6 +23,7 @@ class Always:
 
     def __init__(self, form: str = "") -> None:
         self.form = form
+        self.timing = False
 
     def of(self, layer):
         names = list(forms.candidates(layer))

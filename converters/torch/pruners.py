@@ -131,13 +131,13 @@ class TorchPruner(Bridge):
     ) -> Exported:
         """Write the deployable file: torch's own export with constants folded and operators fused, checked.
 
-        Where channels are pruned, they are cut out of it.
+        Where channels are pruned, they are cut out of it; grouped inputs are lowered.
 
         Args:
             path: the file; weights go to a file beside it above 2 GB. It appears complete or not at all.
             example_inputs: as for the call; those of the call unless given.
             dynamic_shapes: as torch.onnx.export takes them; by default the batch has any size, where that can be had.
-            keep_shape: leave pruned channels in the file, as zeros.
+            keep_shape: leave pruned channels and inputs in the file, as zeros.
 
         Returns:
             What was written, and how far onnxruntime is from the module.

@@ -22,7 +22,7 @@ from onnxprune.runtime.turns import in_turns, machine
 FORMAT = "onnxprune latency table 1"
 DENSE = "dense"
 
-MOVE = 64
+MOVE = 48
 """Multiplications in whose time one element is gathered, between two layouts of blocked kernels; for the estimate."""
 
 TURN = 16

@@ -53,6 +53,13 @@ class Layer:
         """Groups that the node has as it is."""
         return self.attribute("group", 1) if self.node.op_type in CONVOLUTIONS else 1
 
+    @property
+    def idle(self) -> bool:
+        """Whether none of its outputs reads some of its inputs."""
+        cover = self.cover
+        read: int = np.unique(cover.inputs[cover.live]).size
+        return read < int(self.weight.shape[1]) * self.parts
+
     def attribute(self, name: str, default: int = 0) -> int:
         """An integer attribute."""
         return next((int(a.i) for a in self.node.attribute if a.name == name), default)

@@ -11,12 +11,15 @@ from onnx import numpy_helper
 from onnxprune.errors import PruneError
 from onnxprune.graph.model import Model, open_proto
 from onnxprune.graph.weights import Skipped
-from onnxprune.lowering.forms import Piece, candidates
+from onnxprune.lowering.forms import BLOCK, Piece, candidates
 from onnxprune.lowering.latency import DENSE, Latencies
 from onnxprune.lowering.layers import Layer, layers
 from onnxprune.lowering.order import absorb
+from onnxprune.runtime.feeds import random_feeds
+from onnxprune.runtime.turns import in_turns
 from onnxprune.structure import facts as known
 from onnxprune.structure import verify
+from onnxprune.structure.compact import compact
 from onnxprune.structure.coupling import couple
 from onnxprune.structure.prepare import prepare, skeleton
 from onnxprune.structure.rules import SHAPES
@@ -24,6 +27,9 @@ from onnxprune.structure.sizes import Sizes, choose
 
 GAIN = 0.97
 """A form is used where it takes at most this share of the dense layer's time."""
+
+WHOLE = 0.3
+"""Seconds for which each of the whole models is timed at the end, at least."""
 
 PREFERRED = 0.93
 """A form other than the first is used where it takes at most this share of the first one's time: the first has the
@@ -95,15 +101,14 @@ def lowered(
     latencies = latencies or Latencies()
     masked = prepare(model)
     sizes = choose(masked, shapes)
-    known_ = _facts(masked, sizes)
-    found, skipped = layers(masked, *known_)
-    ready = masked
+    ready, (found, skipped) = masked, layers(masked, *_facts(masked, sizes))
+    if any(layer.idle for layer in found):
+        ready, found, skipped = _compacted(masked, sizes, found, skipped)
     if any(not layer.cover.ordered for layer in found):
-        coupling = couple(masked, *sizes)
-        moved = absorb(coupling, found)
+        moved = absorb(couple(ready, *sizes), found)
         if moved is not None:
             ready = moved
-            found, skipped = layers(ready, *known_)
+            found, skipped = layers(ready, *_facts(ready, sizes))
     rows: list[LoweredRow] = []
     pieces: dict[str, Piece] = {}
     for layer in found:
@@ -116,11 +121,26 @@ def lowered(
         pieces[layer.node.output[0]] = candidates(layer)[form](layer)
         rows.append(_row(layer, form, times, source))
     latencies.save()
-    if not pieces:
+    if not pieces and ready is masked:
         return model, Lowering((), tuple(skipped))
     result = _replaced(ready, pieces)
     difference = _check(masked, result, sizes) if check else None
+    if latencies.timing and (ratio := _ratio(masked, result, sizes[0], latencies.threads)) > 1:
+        slower = f"with all layers lowered that gain on their own, the model takes {ratio:.2f} times as long"
+        return model, Lowering((), (*skipped, *(Skipped(row.name, row.op_type, slower) for row in rows)))
     return result, Lowering(tuple(rows), tuple(skipped), difference)
+
+
+def _compacted(
+    masked: Model, sizes: tuple[Sizes, Sizes], found: list[Layer], skipped: list[Skipped]
+) -> tuple[Model, list[Layer], list[Skipped]]:
+    """The model without the channels that no layer reads any more, and its layers; as given where that cannot be."""
+    together = {layer.name: layer.cover.outputs for layer in found if layer.cover.groups > 1}
+    try:
+        small, _, _ = compact(masked, sizes[0], BLOCK, together)
+        return small, *layers(small, *_facts(small, sizes))
+    except PruneError:
+        return masked, found, skipped
 
 
 def fastest(times: Mapping[str, float]) -> str:
@@ -148,6 +168,14 @@ def _row(layer: Layer, form: str, times: Mapping[str, float], source: str) -> Lo
         times[form],
         source,
     )
+
+
+def _ratio(masked: Model, result: Model, shapes: Sizes, threads: int) -> float:
+    """How many times as long the result takes as the model did."""
+    with masked.stage(None) as before, result.stage(None) as after:
+        feed, _ = random_feeds(before.path, shapes)
+        first, second = in_turns([before.path, after.path], feed, threads, WHOLE)
+    return second / first
 
 
 def _replaced(ready: Model, pieces: Mapping[str, Piece]) -> Model:

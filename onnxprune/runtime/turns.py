@@ -18,7 +18,7 @@ ROUNDS = 5
 
 
 def in_turns(
-    models: Sequence[onnx.ModelProto], feed: Mapping[str, np.ndarray], threads: int = 1, seconds: float = 0.1
+    models: Sequence[onnx.ModelProto | Path], feed: Mapping[str, np.ndarray], threads: int = 1, seconds: float = 0.1
 ) -> list[float]:
     """Milliseconds of a run of each model: medians over runs in turns.
 

@@ -153,7 +153,10 @@ class _Search:
 
 
 def compact(
-    model: Model, shapes: Mapping[str, Sequence[int]] | None = None, align: int = 1
+    model: Model,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    align: int = 1,
+    together: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[Model, Plan, float]:
     """Cut out the channels of a model that are dead; it computes what it did before.
 
@@ -161,6 +164,8 @@ def compact(
         model: any model; it is not changed.
         shapes: sizes of inputs with open dims.
         align: as many dead channels stay as it takes for counts to be multiples of it.
+        together: weight -> (groups, size) outputs of groups that shall stay equally large: as many dead ones stay as
+            that takes.
 
     Returns:
         The smaller model; the plan with what was removed; and the largest difference of the outputs from those of
@@ -174,6 +179,9 @@ def compact(
     plan.removed = search.run()
     for group in plan.coupling.groups:
         gone = plan.removed[group.name]
+        for member in group.producers:
+            if together and member.name in together and member.places.shape == (together[member.name].size, 1):
+                _even(gone, member.places[:, 0], together[member.name], align)
         wanted = -(-(group.size - int(gone.sum())) * group.width // align) * align // group.width
         back = np.flatnonzero(gone)[: max(0, wanted - group.size + int(gone.sum()))]
         gone[back] = False
@@ -188,6 +196,16 @@ def compact(
             "leave --compact out, and report the model"
         )
     return small, plan, worst
+
+
+def _even(gone: np.ndarray, places: np.ndarray, groups: np.ndarray, align: int) -> None:
+    """Let as many dead channels stay as it takes for all groups of outputs to lose equally many."""
+    channel = np.empty(places.size, np.int64)
+    channel[places] = np.arange(places.size)
+    dead = gone[channel[groups]]
+    stay = min(-(-int((~dead).sum(1).max()) // align) * align, groups.shape[1])
+    for members, lost in zip(channel[groups], dead, strict=True):
+        gone[members[lost][: stay - int((~lost).sum())]] = False
 
 
 def _readers(coupling: Coupling) -> Iterator[Reader]:

@@ -1,0 +1,196 @@
+"""Grouped inputs, lowered, beside the dense model: `python bench_grouped.py [layers] [norms] [name ...]`.
+
+Single layers as `onnxprune.prune(pattern="grouped")` makes them, whole networks at their published sizes (random
+weights), and how much of a weight's norm groups keep. For each network channel pruning is put beside it: the share of
+channels is searched at which it is as fast. Times are processor time on one thread, in turns with the dense model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import onnx
+from _backbones import NETS, write
+from bench_channels import versions
+from bench_select import processor
+from onnx import TensorProto, helper, numpy_helper
+
+import onnxprune
+from onnxprune.algorithms.grouped import cluster
+from onnxprune.algorithms.scores import in_units
+from onnxprune.graph.model import load
+from onnxprune.graph.weights import find
+from onnxprune.runtime.feeds import random_feeds
+from onnxprune.runtime.turns import in_turns
+
+CONVOLUTIONS = [
+    (128, 128, 3, 56), (128, 128, 3, 28), (256, 256, 3, 28), (256, 256, 3, 14), (512, 512, 3, 14), (512, 512, 3, 7),
+    (1024, 256, 1, 28), (256, 1024, 1, 14),
+]  # fmt: skip
+PRODUCTS = [(768, 768, 128), (768, 3072, 128), (3072, 768, 128), (768, 3072, 64), (4096, 4096, 1)]
+SHARES = (0.5, 0.75)
+POINTWISE = {"MobileNetV2", "EfficientNet-B0"}
+BARS = {"ResNet-18": 2.8, "ResNet-50": 2.8, "VGG-16": 2.8, "BERT-base": 1.7, "MobileNetV2": 1.5, "EfficientNet-B0": 1.5}
+
+
+def single(inputs: int, outputs: int, kernel: int, size: int) -> onnx.ModelProto:
+    """A model of one convolution, or of one MatMul where the kernel is 0 (size: rows)."""
+    rng = np.random.default_rng(0)
+    if kernel:
+        shape, weight = [1, inputs, size, size], rng.normal(size=(outputs, inputs, kernel, kernel))
+        node = helper.make_node("Conv", ["x", "w"], ["y"], pads=[kernel // 2] * 4)
+    else:
+        shape, weight = [1, size, inputs], rng.normal(size=(inputs, outputs))
+        node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    graph = helper.make_graph(
+        [node],
+        "layer",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [onnx.ValueInfoProto(name="y")],
+        [numpy_helper.from_array(weight.astype(np.float32), "w")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def layers(seconds: float) -> Iterator[list[str]]:
+    """One row per layer and share."""
+    cases = [*CONVOLUTIONS, *((i, o, 0, rows) for i, o, rows in PRODUCTS)]
+    for inputs, outputs, kernel, size in cases:
+        dense = single(inputs, outputs, kernel, size)
+        feed, _ = random_feeds(dense)
+        for share in SHARES:
+            result = onnxprune.prune(dense, [{"sparsity": share, "pattern": "grouped"}])
+            before, after = in_turns([dense, result.to_proto()], feed, 1, seconds)
+            assert result.report.lowering is not None
+            form = next((row.form for row in result.report.lowering.rows), "dense")
+            groups = next((row.groups for row in result.report.lowering.rows), 1)
+            what = f"Conv {kernel}x{kernel} {inputs}->{outputs} at {size}x{size}"
+            what = what if kernel else f"MatMul {inputs}->{outputs}, {size} rows"
+            ideal = before / after * (1 - result.sparsity)
+            bar = "" if kernel != 3 else ("met" if ideal >= 0.9 else "NOT MET")
+            yield [what, f"{result.sparsity:.0%}", f"{groups}", form, f"{before / after:.2f}", f"{ideal:.2f}", bar]
+
+
+def network(name: str, folder: Path, share: float, seconds: float, channels: bool) -> list[str]:
+    """Prune, lower and time one network; channels at the same latency beside it."""
+    dense, fast, thin = (folder / f"{kind}.onnx" for kind in ("dense", "fast", "thin"))
+    write(name, dense)
+    feed, _ = random_feeds(dense)
+    entries: list[dict[str, object]] = [{"sparsity": share, "pattern": "grouped", "op_types": "default"}]
+    if name in POINTWISE:
+        kernels = [w.name for w in find(load(dense))[0] if w.role_shape[2:] != (1, 1)]
+        entries += [{"op_names": [kernel], "exclude": True} for kernel in kernels]
+    result = onnxprune.prune(dense, entries, fast)
+    lowering = result.report.lowering
+    assert lowering is not None
+    before, after = in_turns([dense, fast], feed, 1, seconds)
+    own = sum(row.dense for row in lowering.rows) / max(sum(row.lowered for row in lowering.rows), 1e-9)
+    beside = equal(dense, thin, feed, after / before, seconds) if channels else ""
+    met = "met" if before / after >= BARS[name] or share != 0.75 else "NOT MET"
+    left = onnxprune.inspect(fast).parameters / onnxprune.inspect(dense).parameters
+    cells = [name, f"{result.sparsity:.2%}", f"{len(lowering.rows)}", f"{left:.2f}", f"{before:.1f}", f"{after:.1f}"]
+    return [*cells, f"{before / after:.2f}", f"{own:.2f}", f"{lowering.difference or 0:.0e}", met, beside]
+
+
+def equal(dense: Path, thin: Path, feed: dict[str, np.ndarray], wanted: float, seconds: float) -> str:
+    """The share of channels at which the model takes the wanted share of the dense one's time, by bisection."""
+    low, high, found = 0.0, 0.9, ""
+    for _ in range(4):
+        share = (low + high) / 2
+        onnxprune.prune(dense, [{"sparsity": share, "pattern": "channel"}], thin, verify=False)
+        before, after = in_turns([dense, thin], feed, 1, seconds / 2)
+        found = f"{share:.0%} of channels: {before / after:.2f}"
+        low, high = (share, high) if after / before > wanted else (low, share)
+    return found
+
+
+def norms() -> Iterator[list[str]]:
+    """How much of a weight's squared norm a quarter of the inputs keeps: one group, neighbours, clustered."""
+    from _architectures import files
+
+    for architecture in files():
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            try:
+                architecture.write(path)
+            except LookupError:
+                continue
+            rows = []
+            for weight in find(load(path))[0]:
+                values = weight.values()
+                outputs, inputs = values.shape[:2]
+                if values.dtype != np.float32 or weight.parts > 1 or min(outputs, inputs) < 32 or outputs % 32:
+                    continue
+                needs = in_units(np.abs(values).reshape(outputs, inputs, -1).sum(2), 40)[0]
+                squares = (values.astype(np.float64) ** 2).reshape(outputs, inputs, -1).sum(2)
+                whole = np.arange(outputs)
+                ways = (whole[None], whole.reshape(-1, 32), cluster(needs, 32))
+                rows.append([kept(needs, squares, members, inputs // 4) for members in ways])
+            if rows:
+                yield [architecture.name, f"{len(rows)}", *(f"{value:.3f}" for value in np.mean(rows, axis=0))]
+
+
+def kept(needs: np.ndarray, squares: np.ndarray, members: np.ndarray, keep: int) -> float:
+    """Share of the squared norm that stays."""
+    total = 0.0
+    for rows in members:
+        chosen = np.argsort(-needs[rows].sum(0), kind="stable")[:keep]
+        total += float(squares[rows][:, chosen].sum())
+    return total / float(squares.sum())
+
+
+def table(header: Sequence[str], rows: Iterator[list[str]]) -> None:
+    """Markdown, row by row as they come."""
+    print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}", flush=True)
+    for row in rows:
+        print(f"| {' | '.join(row)} |", flush=True)
+    print()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("words", nargs="*", metavar="layers|norms|name")
+    parser.add_argument("--share", type=float, default=0.75, help="of the weights of each layer that go")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of timing for each model")
+    parser.add_argument("--no-channels", action="store_true", help="do not search for channels of equal latency")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    print(f"{processor()}, {os.cpu_count()} CPUs; {versions()}; one thread\n", flush=True)
+    words = options.words or ["layers", "norms", *NETS]
+    if unknown := set(words) - {"layers", "norms", *NETS}:
+        sys.exit(f"not known: {', '.join(sorted(unknown))}; there are layers, norms, {', '.join(NETS)}")
+    if "layers" in words:
+        header = ["layer", "removed", "groups", "form", "speed-up", "of ideal", "0.9 of ideal"]
+        table(header, layers(min(options.seconds, 0.5)))
+    if "norms" in words:
+        table(["model", "weights", "one group", "neighbours by 32", "clustered by 32"], norms())
+    names = [name for name in NETS if name in words]
+
+    def rows() -> Iterator[list[str]]:
+        for name in names:
+            start = time.perf_counter()
+            with tempfile.TemporaryDirectory() as folder:
+                yield network(name, Path(folder), options.share, options.seconds, not options.no_channels)
+            gc.collect()
+            print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+
+    if names:
+        header = ["network", "removed", "lowered", "params left", "dense ms", "ms", "speed-up", "these layers"]
+        table([*header, "difference", "bar", "channels as fast"], rows())
+
+
+if __name__ == "__main__":
+    main()
