@@ -223,3 +223,55 @@ def test_a_tensor_left_in_the_old_order_is_caught(name, monkeypatch):
     result = onnxprune.prune(chain("y = Relu (c)"), [entry], keep_shape=True)
     with pytest.raises(PruneError, match="differs from the masked one"):
         lowered(result.model, latencies=Always())
+
+
+@pytest.mark.parametrize("name", ["conv", "gemm"])
+def test_half_precision(name):
+    proto = onnx.ModelProto.FromString(NETS[name].SerializeToString())
+    for tensor in proto.graph.initializer:
+        tensor.CopyFrom(
+            onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype(np.float16), tensor.name)
+        )
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    model, report = lowered(masked(proto).model, latencies=Always())
+    assert report.rows
+    assert {t.data_type for t in model.proto.graph.initializer} <= {onnx.TensorProto.FLOAT16, onnx.TensorProto.INT64}
+
+
+REFUSED = {
+    "quantised": (
+        "(float[2, 32, 7, 7] x) => (float[] y) { d = DequantizeLinear (w, s, z) y = Conv (x, d) }",
+        {"w": np.random.default_rng(0).integers(-9, 9, (48, 32, 3, 3)).astype(np.int8), "s": F32(0.1), "z": np.int8(0)},
+        "it is quantised; lower the model before quantising it",
+    ),
+    "a batch": (
+        "(float[3, 5, 32] x) => (float[] y) { y = MatMul (x, w) }",
+        {"w": np.random.default_rng(0).normal(size=(3, 32, 48)).astype(F32)},
+        "a batch of matrices has no lowered form",
+    ),
+    "the other side": (
+        "(float[32, 5] x) => (float[] y) { y = MatMul (w, x) }",
+        {"w": np.random.default_rng(0).normal(size=(48, 32)).astype(F32)},
+        "the MatMul multiplies it from the other side",
+    ),
+    "scaled": (
+        "(float[5, 32] x) => (float[] y) { y = Gemm <alpha = 2.0> (x, w) }",
+        {"w": np.random.default_rng(0).normal(size=(32, 48)).astype(F32)},
+        "the Gemm scales what it multiplies",
+    ),
+    "a bias that is computed": (
+        "(float[2, 32, 7, 7] x, float[48] b) => (float[] y) { y = Conv (x, w, b) }",
+        {"w": np.random.default_rng(0).normal(size=(48, 32, 3, 3)).astype(F32)},
+        "the bias 'b' of its Conv is computed",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_stays_dense_says_why(name):
+    text, arrays, reason = REFUSED[name]
+    source = masked(parse(text, **{n: np.asarray(a) for n, a in arrays.items()})).model
+    model, report = lowered(source, latencies=Always())
+    assert model is source
+    assert [s.reason for s in report.dense] == [reason]
