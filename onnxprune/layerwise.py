@@ -19,6 +19,7 @@ from onnxprune.algorithms.reconstruct import Moments
 from onnxprune.algorithms.scores import CALIBRATED
 from onnxprune.algorithms.sparsegpt import sparsegpt
 from onnxprune.config import SPARSEGPT, Config
+from onnxprune.errors import PruneError
 from onnxprune.graph import expression as ex
 from onnxprune.graph.companions import bias, only_reader, readers, stored
 from onnxprune.graph.model import Model, open_proto
@@ -119,8 +120,10 @@ class Calibrated:
         """
         chosen = {w.name: parse(config.entries[i].pattern) for i, own in config.assign(weights) for w in own}
         found, fixed = parts([layer for layer in self.layers if layer.weight.name in masks])
+        fixed |= {name: reason for name, reason in self.reasons.items() if name in masks}
         refit = Refit(self.model, dense, self.data, {name: np.array(mask) for name, mask in masks.items()})
-        self.notes.extend(f"'{name}' is not refitted: {reason}" for name, reason in fixed.items())
+        instead = "pruned by magnitude and " if config.pruner == SPARSEGPT else ""
+        self.notes.extend(f"'{name}' is {instead}not refitted: {reason}" for name, reason in fixed.items())
         refit.run(found, chosen if config.pruner == SPARSEGPT else {}, config.reconstruct)
         self.notes.extend(refit.notes)
         return refit.masks
@@ -250,8 +253,8 @@ class Refit:
         if total.count < total.x.shape[1]:
             self._few.append((weight.name, total.count, total.x.shape[1]))
         values = np.where(keep, flat[part.places].astype(np.float64), 0.0)
-        if pattern is not None:
-            inputs = part.places.shape[2] // part.layers[0].positions
+        inputs = part.places.shape[2] // part.layers[0].positions
+        if pattern is not None and not pattern.misfit((part.places.shape[0] * part.places.shape[1], inputs)):
             values, gone = sparsegpt(original, total.xx, pattern, int(np.count_nonzero(~keep)), inputs)
             keep = ~gone
             mask[part.places] = keep
@@ -266,6 +269,13 @@ class Refit:
         if self._last is not None and self._last[0] == key and len(part.layers) == 1:
             return self._last[1]
         self._last = None  # two at a time would take twice the memory
+        groups, _, columns = part.places.shape
+        needed = 8 * groups * columns**2 * (6 if reconstruct else 3)  # two halves, and what is added to them
+        if needed > self.data.memory:
+            raise PruneError(
+                f"the Gram matrices of weight '{part.weight.name}' ({columns} inputs) take {needed / 2**20:,.0f} MB, "
+                f"and max_memory is {self.data.memory / 2**20:,.0f} MB; allow more (--max-memory), or leave it out"
+            )
         layers = [(layer, part.groups) for layer in part.layers]
         found = moments(layers, self.now, self.before if reconstruct else None, self.data, part.place)
         if len(part.layers) == 1:

@@ -9,11 +9,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnxprune.converters.torch import AGPPruner, LevelPruner
 from torch import nn
 
 import onnxprune
 from onnxprune.cli import main
-from onnxprune.converters.torch import AGPPruner, LevelPruner
 from onnxprune.errors import PruneError
 from onnxprune.lowering import forms
 from onnxprune.lowering.latency import DENSE, Latencies

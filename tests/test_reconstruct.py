@@ -345,6 +345,32 @@ def test_few_data_and_idle_layers_are_said_and_it_goes_on():
     assert result.report.to_dict()["notes"] == list(result.report.notes)
 
 
+def test_gram_matrices_that_do_not_fit_into_memory_are_an_error(tmp_path):
+    rng = np.random.default_rng(0)
+    proto = parse("(float[N,300] x) => (float[A,B] y) { y = MatMul(x, wide) }", wide=normal(rng, 300, 2))
+    with pytest.raises(
+        onnxprune.PruneError, match=r"'wide' \(300 inputs\) take 4 MB, and max_memory is 2 MB; allow more"
+    ):
+        pruned(proto, {"x": normal(rng, 4, 300)}, max_memory="2MB", output=tmp_path / "out.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_runs_in_a_branch_is_pruned_and_not_refitted():
+    rng = np.random.default_rng(0)
+    text = """(float[N,6] x, bool c) => (float[A,B] y) {
+        y = If(c) <then_branch = g () => (float[P,Q] t) { t = MatMul(x, v) },
+                   else_branch = g () => (float[P,Q] t) { t = Identity(x) }>
+    }"""
+    proto = parse(text, v=normal(rng, 6, 6))
+    result = pruned(proto, [{"x": normal(rng, 4, 6), "c": np.array(True)}])
+    assert result.report.notes == (
+        "'v' is not refitted: it is used inside a loop or a branch, whose values are not handed out",
+    )
+    np.testing.assert_array_equal(
+        stored(result.to_proto())["v"], np.where(result.masks["v"], stored(proto)["v"], np.float32(0))
+    )
+
+
 def test_a_bridge_has_no_graph_to_reconstruct_in():
     from onnxprune.algorithms.pruner import decide
     from onnxprune.config import load
