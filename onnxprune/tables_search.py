@@ -47,9 +47,7 @@ def searched(found: Search) -> Iterator[RenderableType]:
         value, loss = percent(candidate.value or 0.0), f"{100 * (candidate.loss or 0.0):.2f}"
         shown.add_row(plain(candidate.recipe + mark), f"{candidate.strength:.4g}", value, loss, held)
     yield shown
-    tried = (
-        f"{len(found.candidates)} models were tried on {found.search_samples:,} samples; {found.held_back_samples:,} "
-    )
+    tried = f"{len(found.candidates)} models were tried on {found.search_samples:,} samples; "
     ended = {"searched": "", "time": " The time was up.", "interrupted": " Interrupted."}[found.ended]
     yield sentence(f"{tried}{found.held_back_samples:,} were held back for the gate.{ended}")
     if found.best is None:

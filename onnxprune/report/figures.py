@@ -25,6 +25,7 @@ class Figure:
         data: plotly's traces.
         layout: plotly's layout.
         choices: where one of several is shown at a time: names, in the order of the traces' `meta`.
+        wide: whether it takes the page's whole width.
     """
 
     id: str
@@ -33,6 +34,7 @@ class Figure:
     data: Sequence[Mapping[str, Any]]
     layout: Mapping[str, Any]
     choices: Sequence[str] = ()
+    wide: bool = False
 
 
 def label(name: str) -> str:
@@ -69,8 +71,8 @@ def of(document: Mapping[str, Any]) -> Iterator[Figure]:
 def _bars(rows: Sequence[Mapping[str, Any]], axis: Mapping[str, Any]) -> dict[str, Any]:
     names = [row["name"] for row in rows]
     return {
-        "height": 90 + 26 * len(rows),
-        "margin": {"l": 10, "r": 20, "t": 10, "b": 45},
+        "height": 60 + 26 * len(rows),
+        "margin": {"l": 10, "r": 20, "t": 10, "b": 30},
         "xaxis": {"automargin": True, **axis},
         "yaxis": {
             "automargin": True, "autorange": "reversed", "tickmode": "array", "tickvals": list(range(len(rows))),
@@ -88,7 +90,7 @@ def _sparsity(rows: Sequence[Mapping[str, Any]]) -> Figure:
         "type": "bar", "orientation": "h", "x": [100 * row["sparsity"] for row in rows], "y": list(range(len(rows))),
         "marker": {"color": "--one"}, "hovertext": hover, "hovertemplate": "%{hovertext}<br>%{x:.2f} %<extra></extra>",
     }  # fmt: skip
-    layout = _bars(rows, {"range": [0, 100], "ticksuffix": " %"})
+    layout = _bars(rows, {"range": [0, 103], "tickvals": [0, 25, 50, 75, 100], "ticksuffix": " %"})
     return Figure("sparsity", "Sparsity per layer", "Share of each weight's entries that are zero.", [bar], layout)
 
 
@@ -123,14 +125,15 @@ def curves(id_: str, found: Mapping[str, Any]) -> Figure:
     many = len(data) > 12
     layout = {
         "height": 420 if many else 400 + 22 * len(data), "margin": {"l": 10, "r": 15, "t": 10, "b": 10},
-        "xaxis": {"title": {"text": "sparsity of this one alone"}, "ticksuffix": " %", "automargin": True},
+        "xaxis": {"title": {"text": "sparsity of this one alone"}, "ticksuffix": " %", "automargin": True,
+                  "range": [0, 102]},
         "yaxis": {"title": {"text": "points lost"}, "automargin": True, "rangemode": "tozero"},
         "showlegend": not many, "legend": {"orientation": "h", "y": -0.25, "yanchor": "top", "x": 0},
         "hovermode": "closest",
     }  # fmt: skip
     measure = "accuracy" if found["measure"] == "top-1" else escaped(str(found["measure"]))
     note = f"What is lost of {measure}, in points, when only one is pruned ({found['pattern']}, {found['score']})."
-    return Figure(id_, f"Sensitivity ({found['pattern']})", note, data, layout)
+    return Figure(id_, f"Sensitivity ({found['pattern']})", note, data, layout, wide=True)
 
 
 UNITS = {"size": "deflated file, % of dense", "macs": "MACs, % of dense", "latency": "latency, % of dense"}
@@ -165,7 +168,7 @@ def _frontier(document: Mapping[str, Any]) -> Figure:
         "shapes": [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": limit, "y1": limit, "line": dashed}],
     }  # fmt: skip
     note = f"Every model tried; the dashed line is the drop allowed, {limit:g} points."
-    return Figure("frontier", "Frontier", note, data, layout)
+    return Figure("frontier", "Frontier", note, data, layout, wide=True)
 
 
 def _histograms(found: Mapping[str, Any]) -> Figure:

@@ -14,14 +14,15 @@
   const styled = (layout) => {
     const font = { family: colour("--font"), size: 13, color: colour("--text") };
     const axis = { gridcolor: colour("--line"), zerolinecolor: colour("--line"), linecolor: colour("--line"), fixedrange: true };
+    const titled = (given = {}) => ({ ...painted(given), title: { font: { size: 13 }, ...given.title } });
     return {
       ...painted(layout),
       font,
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       hoverlabel: { bgcolor: colour("--panel"), bordercolor: colour("--line"), font, align: "left" },
-      xaxis: { ...axis, ...painted(layout.xaxis || {}) },
-      yaxis: { ...axis, ...painted(layout.yaxis || {}) },
+      xaxis: { ...axis, ...titled(layout.xaxis) },
+      yaxis: { ...axis, ...titled(layout.yaxis) },
     };
   };
   const shown = {};

@@ -131,10 +131,9 @@ def _figure(figure: figures.Figure) -> str:
         options = "".join(f'<option value="{i}">{_text(name)}</option>' for i, name in enumerate(figure.choices))
         choice = f'<label>weight <select data-figure="{_text(figure.id)}">{options}</select></label>'
     tall = " tall" if figure.layout.get("height", 0) > 900 else ""
-    return (
-        f'<section class="figure"><h2>{_text(figure.title)}</h2><p class="note">{_text(figure.note)}</p>{choice}'
-        f'<div class="frame{tall}"><div class="plot" id="{_text(figure.id)}"></div></div></section>'
-    )
+    head = f'<h2>{_text(figure.title)}</h2><p class="note">{_text(figure.note)}</p>{choice}'
+    plot = f'<div class="frame{tall}"><div class="plot" id="{_text(figure.id)}"></div></div>'
+    return f'<section class="figure{" wide" * figure.wide}">{head}{plot}</section>'
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
@@ -167,7 +166,8 @@ def _tables(document: Mapping[str, Any]) -> Iterator[str]:
     parts = [document, *((document.get(key) or {}) for key in ("report", "evaluation", "benchmark"))]
     notes = [note for part in parts for note in part.get("notes") or ()]
     if notes:
-        yield f"<section><h2>Notes</h2><ul>{''.join(f'<li>{_text(note)}</li>' for note in notes)}</ul></section>"
+        items = "".join(f"<li>{_text(note)}</li>" for note in notes)
+        yield f'<section class="wide"><h2>Notes</h2><ul>{items}</ul></section>'
 
 
 def _beside(document: Mapping[str, Any]) -> Iterator[str]:
@@ -200,7 +200,7 @@ def _beside(document: Mapping[str, Any]) -> Iterator[str]:
         dense_time = "" if timed["baseline"] is None else f"{timed['baseline']['median']:.4g} ms"
         cells.append((f"latency ({timed['threads']} thread)", dense_time, f"{timed['latency']['median']:.4g} ms"))
     if cells:
-        yield _table("Dense beside pruned", ("", "dense", "pruned"), cells, right=2)
+        yield _table("Dense beside pruned", ("", "dense", "pruned"), cells, right=2, wide=False)
 
 
 def _curves(found: Mapping[str, Any]) -> str:
@@ -227,7 +227,7 @@ def _candidates(document: Mapping[str, Any]) -> str:
     return _table("Models tried", head, cells, right=5)
 
 
-def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]], right: int) -> str:
+def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]], right: int, wide: bool = True) -> str:
     """A table whose last `right` columns are numbers."""
     numeric = len(head) - right
 
@@ -236,17 +236,18 @@ def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]], right
         return "".join(f"<{tag}{kind}>{_text(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
 
     body = "".join(f"<tr>{row(cells, 'td')}</tr>" for cells in rows)
-    table = f"<table><thead><tr>{row(head, 'th')}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<section class="wide"><h2>{_text(title)}</h2><div class="scroll">{table}</div></section>'
+    named = f"<thead><tr>{row(head, 'th')}</tr></thead>" if any(head) else ""
+    table = f"<table>{named}<tbody>{body}</tbody></table>"
+    return f'<section class="{"wide" * wide}"><h2>{_text(title)}</h2><div class="scroll">{table}</div></section>'
 
 
 def _circumstances(document: Mapping[str, Any]) -> Iterator[str]:
     yield f'<section class="wide"><h2>Command</h2><pre>{_text(document["command"])}</pre></section>'
+    yield _table("Environment", ("", ""), list(document["environment"].items()), right=0, wide=False)
     if document.get("configuration") is not None:
         shown = json.dumps(document["configuration"], indent=2, default=str).split("\n")
         lines = "\n".join(map(_text, shown))
-        yield f'<section class="wide"><h2>Configuration</h2><pre>{lines}</pre></section>'
-    yield _table("Environment", ("", ""), list(document["environment"].items()), right=0)
+        yield f"<section><h2>Configuration</h2><pre>{lines}</pre></section>"
 
 
 def _metric(evaluation: Mapping[str, Any]) -> str:
