@@ -144,7 +144,7 @@ def _tables(document: Mapping[str, Any]) -> Iterator[str]:
     rows = (document.get("report") or {}).get("weights") or []
     if rows:
         head = ("weight", "operator", "shape", "entries", "zeros before", "zeros", "sparsity")
-        cells = [
+        cells: list[tuple[Any, ...]] = [
             (r["name"], r["op_type"], "x".join(map(str, r["shape"])), f"{r['size']:,}", f"{r['zeros_before']:,}",
              f"{r['zeros']:,}", percent(r["sparsity"]))
             for r in rows
