@@ -275,3 +275,15 @@ def test_what_stays_dense_says_why(name):
     model, report = lowered(source, latencies=Always())
     assert model is source
     assert [s.reason for s in report.dense] == [reason]
+
+
+def test_a_model_that_stays_in_its_file_is_lowered_too(tmp_path, monkeypatch):
+    """Of a large file only what is changed is read, late: zeros must be there by the time groups are looked for."""
+    monkeypatch.setattr("onnxprune.graph.model.LARGE", 1000)
+    path = tmp_path / "large.onnx"
+    onnx.save(conv("pads = [1, 1, 1, 1]", (3, 3), "7, 9"), path)
+    entry = {"sparsity": 0.5, "op_types": "default", "pattern": "grouped"}
+    result = onnxprune.prune(path, [entry], tmp_path / "out.onnx", timing=False)
+    assert result.report.lowering is not None
+    assert [row.kept for row in result.report.lowering.rows] == [16]
+    assert result.report.lowering.difference is not None

@@ -26,8 +26,11 @@ def prepare(model: Model, shared: Container[str] = ()) -> Model:
     Raises:
         PruneError: a function cannot be inlined.
     """
-    proto = onnx.ModelProto()
-    proto.CopyFrom(model.proto)
+    if model.edits:  # they belong to the tensors of that protobuf, and would be left behind
+        proto = model.to_proto()
+    else:
+        proto = onnx.ModelProto()
+        proto.CopyFrom(model.proto)
     if proto.functions:
         try:
             proto = inliner.inline_local_functions(proto)
