@@ -108,12 +108,13 @@ class Search:
 
     @property
     def frontier(self) -> tuple[Candidate, ...]:
-        """Candidates that nothing measured beats in both loss and value, by rising loss."""
+        """Candidates that nothing measured beats in both loss and value, by rising loss; the first of equals."""
+        found: list[Candidate] = []
         known = [c for c in self.candidates if c.value is not None and c.loss is not None]
-        return tuple(
-            c for c in sorted(known, key=lambda c: (c.loss, c.value))
-            if not any(_beats(other, c) for other in known)
-        )  # fmt: skip
+        for candidate in sorted(known, key=lambda c: (c.loss, c.value)):
+            if not found or (candidate.value or 0.0) < (found[-1].value or 0.0):
+                found.append(candidate)
+        return tuple(found)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -456,15 +457,6 @@ class _Run:
 
 CALIBRATION = 256
 """Samples of the search's data that are calibrated on."""
-
-
-def _beats(one: Candidate, other: Candidate) -> bool:
-    assert one.value is not None
-    assert other.value is not None
-    assert one.loss is not None
-    assert other.loss is not None
-    no_worse = one.loss <= other.loss and one.value <= other.value
-    return no_worse and (one.loss, one.value) != (other.loss, other.value)
 
 
 def _end_processes() -> None:

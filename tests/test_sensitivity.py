@@ -75,7 +75,9 @@ def test_a_curve_is_pruning_one_weight_and_evaluating(files, pattern, labelled):
     given = arrays if labelled else {"x": arrays["x"]}
     found = measure((model, given), pattern=pattern)  # type: ignore[arg-type]
     assert found.measure == ("top-1" if labelled else "agreement")
-    assert [curve.name for curve in found.curves] == ["conv", "first", "unused", "second"]
+    fit = ["first"] if pattern == "grouped:8" else ["conv", "first", "unused", "second"]
+    assert [curve.name for curve in found.curves] == fit
+    assert {skipped.name for skipped in found.skipped} == {"conv", "first", "unused", "second"} - set(fit)
     for curve in found.curves:
         for point in curve.points:
             entry = {"op_names": [curve.name], "sparsity": point.level, "pattern": pattern}
@@ -85,9 +87,9 @@ def test_a_curve_is_pruning_one_weight_and_evaluating(files, pattern, labelled):
             assert (point.low, point.high, point.samples) == (point.loss, point.loss, 600)
             assert point.entries == pruned.report.rows[0].zeros
     flat = [curve.name for curve in found.curves if curve.flat]
-    assert flat == ["unused"]
-    assert any("do not depend on 'unused'" in note for note in found.notes)
-    assert len({point.loss for curve in found.curves for point in curve.points}) > 4
+    assert flat == (["unused"] if "unused" in fit else [])
+    assert any("do not depend on 'unused'" in note for note in found.notes) == ("unused" in fit)
+    assert len({point.loss for curve in found.curves for point in curve.points}) >= len(fit)
 
 
 def test_a_groups_curve_is_pruning_its_channels_alone(files):
