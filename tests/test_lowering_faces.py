@@ -100,7 +100,7 @@ def test_a_latency_table_is_written_then_decides(path, tmp_path, capsys):
     for name in times:  # another machine: only the form 'split' of convolutions is fast there
         times[name] = 1.0 if name.endswith("; split") else 10.0 if name.endswith(f"; {DENSE}") else 100.0
     table.write_text(json.dumps(content))
-    result = onnxprune.prune(path, GROUPED, out, latency_table=table)
+    result = onnxprune.prune(path, [{"sparsity": 0.5, "pattern": "grouped:16"}], out, latency_table=table)
     assert result.report.lowering is not None
     assert {row.form for row in result.report.lowering.rows} <= {"split", *forms.FORMS["Gemm"]}
     assert "table" in {row.source for row in result.report.lowering.rows}
