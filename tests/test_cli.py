@@ -17,7 +17,7 @@ import pytest
 from onnx import numpy_helper, parser
 
 import onnxprune
-from onnxprune import cli, tables
+from onnxprune import cli, cli_output, tables
 
 MODELS = Path(__file__).parents[1] / "models"
 LENET = str(MODELS / "lenet5.onnx")
@@ -143,7 +143,7 @@ def test_a_closed_pipe_is_quiet(model: Path) -> None:
     process.stdout.close()
     errors = process.stderr.read()
     process.stderr.close()
-    assert process.wait() == cli.BROKEN_PIPE
+    assert process.wait() == cli_output.BROKEN_PIPE
     assert errors == b""
 
 
