@@ -130,7 +130,7 @@ def auto(
         )  # fmt: skip
         shown: dict[str, Any] = {"model": model, **found.to_dict()}
         if report is not None:
-            shown = reported(report, "auto", shown, {"target": target, "max_drop": max_drop, "seed": seed})
+            shown = reported(report, "auto", shown, _chosen(target, max_drop, hold_back, seed, time))
     if as_json:
         print_json(shown)
     else:
@@ -142,6 +142,10 @@ def auto(
     if found.best is None:
         say(f"gate not met: no model was within {max_drop:g} on the data held back; nothing was written")
         raise typer.Exit(GATE_NOT_MET)
+
+
+def _chosen(target: str, max_drop: float, hold_back: float, seed: int, time: str | None) -> dict[str, Any]:
+    return {"target": target, "max_drop": max_drop, "hold_back": hold_back, "seed": seed, "time": time}
 
 
 def _tell(candidate: Candidate) -> None:
