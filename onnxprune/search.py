@@ -356,8 +356,8 @@ class _Run:
                         extra["benchmark"] = timed.to_dict()
                     if shown["value"] < 1.0:
                         extra |= {"evaluation": held.to_dict(), "report": result.report.to_dict()}
-                        self._write(result)
                         shown["written"] = True
+                        self._write(result, Candidate(str(recipe), strength, **shown), extra)
         return Candidate(str(recipe), strength, **shown), extra
 
     def _prune(self, recipe: Recipe, strength: float) -> api.Result:
@@ -422,13 +422,15 @@ class _Run:
         options = self.options
         return benchmark(path, self.source, shapes=options["shapes"], threads=options["threads"], min_time=seconds)
 
-    def _write(self, result: api.Result) -> None:
+    def _write(self, result: api.Result, candidate: Candidate, extra: dict[str, Any]) -> None:
+        """Put a model in its place; from then on, and not before, it is the best."""
         if self.output is None:
             return
         with result.model.stage(self.output) as staged, self.lock:
             if self.stop.is_set():
                 raise Stopped
             staged.commit()
+            self.best, self.kept = candidate, {"candidate": asdict(candidate), **extra}
 
     def found(self) -> Search:
         """What there is so far."""
@@ -436,13 +438,14 @@ class _Run:
             options, kept = self.options, self.kept
             path = self.output if self.best is not None else None
             measure = kept.get("evaluation", {}).get("metric") or "agreement"
+            seen = [*self.candidates, *([] if self.best is None or self.best in self.candidates else [self.best])]
             notes = list(self.notes)
             if self.ended == "searched":
                 self._forget()
             elif self.keep.path is not None:
                 notes.append(f"the same command goes on from here: measurements are kept in '{self.keep.path}'")
             return Search(
-                options["target"], options["max_drop"], measure, tuple(self.candidates), self.best, self.dense, path,
+                options["target"], options["max_drop"], measure, tuple(seen), self.best, self.dense, path,
                 self.search.dataset.samples, self.gate.dataset.samples, kept.get("evaluation"), kept.get("benchmark"),
                 kept.get("report"), self.ended, {n: c for n, c in self.curves.items() if c is not None}, tuple(notes),
             )  # fmt: skip

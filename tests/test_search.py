@@ -173,7 +173,7 @@ def test_ctrl_c_keeps_the_best_so_far(files, tmp_path):
     process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env, start_new_session=True)
     assert process.stderr is not None
     assert "tried" not in process.stderr.readline()
-    for _ in range(600):
+    for _ in range(2400):
         if output.exists():
             break
         time.sleep(0.1)
