@@ -37,7 +37,7 @@ CURVE_PRECISION = 0.02
 """Curves steer the search, whose results are measured again: a coarse look will do."""
 CURVES_SHARE = 0.5
 """Share of the time left that measuring curves may take."""
-QUIET = 1.0
+QUIET = 0.5
 """Seconds that what is under way is given to end after an interruption."""
 
 

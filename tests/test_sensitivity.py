@@ -111,7 +111,7 @@ def test_latency_of_groups_is_measured_where_asked(files):
     assert measure(files, pattern="channel", levels=(0.5,)).curves[0].points[0].latency is None
 
 
-@pytest.mark.parametrize("backend", ["loky", "dask"])
+@pytest.mark.parametrize("backend", ["loky", pytest.param("dask", marks=pytest.mark.slow)])
 def test_side_by_side_is_one_after_the_other(files, backend):
     alone = measure(files, precision=0.05)
     if backend == "loky":
