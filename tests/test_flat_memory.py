@@ -1,0 +1,84 @@
+"""Memory does not grow with a model: measured in processes of their own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from onnxprune.graph import wire
+
+SIDE = 4096
+
+PEAK = """
+import sys
+import onnxprune
+source, target, allocation, pattern = sys.argv[1:]
+entry = {"sparsity": 0.5, "allocation": allocation, "pattern": pattern, "op_types": ["default", "Embedding"]}
+result = onnxprune.prune(source, [entry], target)
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(int(peak.split()[1]) // 1024, result.report.zeros, result.report.size)
+"""
+
+
+def write(path: Path, matrices: int, external: bool) -> None:
+    """Matrices of 64 MB that take room on disk for their first rows only; the others are zero."""
+    names = ["x", *(f"y{i}" for i in range(matrices))]
+    nodes = [helper.make_node("MatMul", [names[i], f"w{i}"], [names[i + 1]]) for i in range(matrices)]
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", SIDE]) for name in ("x", names[-1])]
+    graph = helper.make_graph(nodes, "g", ports[:1], ports[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    size = SIDE * SIDE * 4
+    some = np.random.default_rng(0).standard_normal(min(1 << 20, SIDE * SIDE), dtype=np.float32).tobytes()
+    for i in range(matrices):
+        tensor = model.graph.initializer.add(name=f"w{i}", data_type=TensorProto.FLOAT, dims=[SIDE, SIDE])
+        tensor.data_location = TensorProto.EXTERNAL
+        location = "data" if external else wire.OWN
+        for key, value in (("location", location), ("offset", i * size), ("length", size)):
+            tensor.external_data.add(key=key, value=str(value))
+    pieces = [model.SerializeToString()] if external else wire.splice(model, lambda tensor: (None, size))
+    with open(path, "wb") as file, open(path.with_name("data"), "wb") as data:
+        for piece in pieces:
+            if piece is not None:
+                file.write(piece)
+            else:
+                file.write(some)
+                file.seek(size - len(some), 1)
+        for i in range(matrices if external else 0):
+            data.seek(i * size)
+            data.write(some)
+        data.truncate(matrices * size if external else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
+@pytest.mark.parametrize("external", [False, True], ids=["a single file", "external data"])
+@pytest.mark.parametrize(
+    ("allocation", "pattern"), [("uniform", "unstructured"), ("global", "unstructured"), ("erk", "unstructured")]
+)
+def test_memory_is_flat(allocation: str, pattern: str, external: bool, tmp_path: Path) -> None:
+    """A model of 1.3 GB takes as much as one of 130 MB, and less than 200 MB."""
+    peaks = []
+    for matrices in (2, 20):
+        path = tmp_path / "model.onnx"
+        write(path, matrices, external)
+        command = [sys.executable, "-c", PEAK, path, tmp_path / "out.onnx", allocation, pattern]
+        peak, zeros, size = map(int, subprocess.run(command, capture_output=True, check=True).stdout.split())
+        assert size == matrices * SIDE * SIDE
+        assert zeros == size - matrices * (1 << 20)  # as many as there were: the rest is untouched
+        peaks.append(peak)
+    assert max(peaks) < 200
+    assert peaks[1] - peaks[0] < 20
+
+
+def test_the_written_models_are_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "SIDE", 600)
+    for external in (False, True):
+        write(tmp_path / "model.onnx", 2, external)
+        model = onnx.load(tmp_path / "model.onnx")
+        assert [len(t.raw_data) for t in model.graph.initializer] == [600 * 600 * 4] * 2
