@@ -61,7 +61,7 @@ def test_erk_densities_of_lenet5():
     assert density[:3] == pytest.approx([r * epsilon for r in raw], abs=2e-3)
 
 
-@pytest.mark.parametrize("name", sorted(ALLOCATIONS))
+@pytest.mark.parametrize("name", sorted(ALLOCATIONS.keys() - {"sensitivity"}))  # which measures
 @pytest.mark.parametrize("seed", range(3))
 def test_what_is_held_stays_and_counts(name, seed):
     rng = np.random.default_rng(seed)
