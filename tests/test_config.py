@@ -133,7 +133,7 @@ def test_a_pattern_implies_its_sparsity():
         (
             [{"sparsity": 0.5, "allocation": "fair"}],
             {},
-            ["entry 1", "'allocation'", "'fair'", "'erk', 'global', 'uniform'"],
+            ["entry 1", "'allocation'", "'fair'", "'erk', 'global', 'sensitivity', 'uniform'"],
         ),
         ([{"sparsity": 0.5, "final_sparsity": 0.8}], {}, ["entry 1", "'final_sparsity'", "level"]),
         ([{"final_sparsity": 0.8, "sparsity": 0.8}], {"pruner": "agp"}, ["entry 1", "short for 'final_sparsity'"]),
