@@ -47,7 +47,7 @@ class LeNet5(nn.Module):
         x = image / 255
         x = functional.max_pool2d(self.conv1(x), 2)
         x = functional.max_pool2d(self.conv2(x), 2)
-        x = functional.relu(self.fc1(x.flatten(1)))
+        x = functional.relu(self.fc1(x.reshape(-1, 50 * 4 * 4)))
         return self.fc2(x)
 
 
