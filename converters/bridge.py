@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from onnxprune.algorithms.pruner import Clock, decide, target
-from onnxprune.api import Pruner, Report, note, row
+from onnxprune.api import Pruner
 from onnxprune.errors import PruneError
 from onnxprune.graph.masks import Masks
 from onnxprune.graph.weights import Skipped, Weight
+from onnxprune.results import Report, note, row
 
 from . import deploy
 from .channels import Channels

@@ -23,8 +23,8 @@ from onnxprune.cli_output import check_report, print_json, reported, results_onl
 from onnxprune.errors import PruneError
 
 if TYPE_CHECKING:
-    from onnxprune.api import Result
     from onnxprune.inspection import Inspection
+    from onnxprune.results import Result
     from onnxprune.runtime.benchmark import Benchmark
     from onnxprune.tables import Sizes
 

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from onnxprune import api, curves
 from onnxprune import config as configuration
+from onnxprune import curves, pipeline
 from onnxprune.algorithms.patterns import parse
 from onnxprune.algorithms.pruner import Clock
 from onnxprune.checkpoint import Checkpoint
@@ -21,6 +21,7 @@ from onnxprune.errors import PruneError
 from onnxprune.graph.model import ModelSource, load
 from onnxprune.inspection import inspect
 from onnxprune.recipes import Recipe, deflated, recipes
+from onnxprune.results import Result, check_target
 from onnxprune.runtime import samples as sampling
 from onnxprune.runtime.benchmark import Benchmark, benchmark
 from onnxprune.runtime.feeds import load_data
@@ -238,7 +239,7 @@ class _Run:
         """Check everything there is to check, and part the data."""
         model = load(source)
         if output is not None:
-            api.check_target(model, output, options["force"])
+            check_target(model, output, options["force"])
         dense = open_session(source, threads=options["threads"])
         dataset = load_data(data, dense.inputs)
         content = curves.content_of(model, source)
@@ -360,7 +361,7 @@ class _Run:
                         self._write(result, Candidate(str(recipe), strength, **shown), extra)
         return Candidate(str(recipe), strength, **shown), extra
 
-    def _prune(self, recipe: Recipe, strength: float) -> api.Result:
+    def _prune(self, recipe: Recipe, strength: float) -> Result:
         options = self.options
         if recipe.reconstruct or recipe.pruner != "level":
             more: dict[str, Any] = {"calibration": sampling.first(self.search.dataset, CALIBRATION)}
@@ -380,7 +381,7 @@ class _Run:
             mapping["reconstruct"] = True
         if parse(recipe.pattern).fitted is not None:
             more["timing"] = options["target"] == "latency"
-        return api.run(
+        return pipeline.run(
             self.source, configuration.load(mapping), clock=Clock(), shapes=options["shapes"],
             threads=options["threads"], shares=shares, **more,
         )  # fmt: skip
@@ -422,7 +423,7 @@ class _Run:
         options = self.options
         return benchmark(path, self.source, shapes=options["shapes"], threads=options["threads"], min_time=seconds)
 
-    def _write(self, result: api.Result, candidate: Candidate, extra: dict[str, Any]) -> None:
+    def _write(self, result: Result, candidate: Candidate, extra: dict[str, Any]) -> None:
         """Put a model in its place; from then on, and not before, it is the best."""
         if self.output is None:
             return

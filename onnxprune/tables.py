@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
     from rich.progress import Progress
 
-    from onnxprune.api import Report
     from onnxprune.graph.weights import Skipped
     from onnxprune.inspection import Inspection, Port, WeightInfo
     from onnxprune.lowering.lower import Lowering
+    from onnxprune.results import Report
     from onnxprune.runtime.benchmark import Benchmark, Latency
     from onnxprune.runtime.evaluate import Evaluation
     from onnxprune.structure import Explanation, GroupInfo, PinnedInfo

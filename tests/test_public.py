@@ -51,6 +51,8 @@ FLOORS = {
     "probe": 4,
     "curves": 4,
     "inspection": 4,
+    "results": 4,
+    "pipeline": 5,
     "api": 5,
     "recipes": 5,
     "search": 5,
