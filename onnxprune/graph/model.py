@@ -227,15 +227,23 @@ def parse(path: Path) -> tuple[onnx.ModelProto, File | Memory]:
             kind = "a folder" if path.is_dir() else "no regular file"
             raise PruneError(f"'{path}' is {kind}; give the path of an .onnx model")
         file = File.of(os.path.realpath(path))
-        content = None
-        if LARGE <= file.size <= PROTOBUF_LIMIT:
+        if file.size >= 2**31:
+            raise PruneError(f"'{path}' is not an ONNX model: it has {file.size} bytes, and one has less than 2 GB; {_AGAIN}")
+        content = path.read_bytes() if file.size < LARGE else None
+        opened = file if content is None else Memory(content)
+        wire.measure(opened.read, opened.size)
+        left_out = 0
+        if content is None and file.size <= PROTOBUF_LIMIT:
             with contextlib.suppress(wire.Irregular):
                 content, left_out = wire.skeleton(file.read, file.size)
         if content is None:
-            left_out = 0
             content = path.read_bytes()
     except PruneError:
         raise
+    except wire.Oversized as error:
+        raise PruneError(f"'{path}' {error}, which no model needs; export it again, without metadata") from None
+    except wire.Irregular:
+        raise PruneError(f"'{path}' is not an ONNX model, or is truncated ({file.size} bytes); {_AGAIN}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         told = getattr(error, "strerror", None) or error
         raise PruneError(f"cannot read '{path}': {told}; check its name and permissions") from error
@@ -262,6 +270,8 @@ def open_proto(proto: onnx.ModelProto, folder: Path | None, path: Path | None) -
         for tensor in tensors(proto):
             valid.check_tensor(tensor, what)
         valid.check_names(proto, what)
+        if proto.functions:
+            valid.check_calls(proto, what)
         roots = [p for p in (folder, None if path is None else Path(os.path.realpath(path)).parent) if p is not None]
         own = None if path is None else os.path.realpath(path)
         places = valid.check_external(list(external_tensors(proto)), roots, what, own)

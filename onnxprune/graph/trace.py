@@ -81,18 +81,12 @@ class Tracer:
                 continue
             keys = [self._resolve(v, where) for v in inputs]
             known = [None if k is None else self._constant.get((id(k[0]), k[1])) for k in keys]
-            if any(k is False for k in known):
-                self._constant[id(seen), where] = False
+            missing = next((k for k, v in zip(keys, known, strict=True) if k is not None and v is None), None)
+            if any(k is False for k in known) or missing is None:
+                self._constant[id(seen), where] = not any(k is False for k in known)
                 stack.pop()
-            elif (
-                missing := next((k for k, v in zip(keys, known, strict=True) if k is not None and v is None), None)
-            ) is not None:
-                if missing in stack:
-                    raise PruneError(f"the graph has a cycle through '{seen.name}': it is no valid ONNX model")
-                stack.append(missing)
             else:
-                self._constant[id(seen), where] = True
-                stack.pop()
+                stack.append(missing)
         end = self._resolve(value, scope)
         return end is not None and self._constant[id(end[0]), end[1]]
 
@@ -385,13 +379,6 @@ class Tracer:
         function = self.model.functions.get(node.op_identifier())
         if function is None:
             return None
-        outer: Scope | None = scope
-        while outer is not None:
-            if outer.function is function:
-                raise PruneError(
-                    f"function '{node.domain}.{node.op_type}' calls itself, which ONNX forbids: the model is invalid"
-                )
-            outer = outer.parent
         return self._scopes.setdefault((id(node), scope), Scope(node, function, scope))
 
     def _resolve(self, value: ir.Value | None, scope: Scope) -> tuple[ir.Value, Scope] | None:
