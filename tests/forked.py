@@ -93,8 +93,7 @@ def server(**environment: str) -> Iterator[Server]:
         yield Server(process)
     finally:
         assert process.stdin is not None
-        process.stdin.close()
-        process.wait(10)
+        process.communicate(timeout=10)
 
 
 WATCHED = {
@@ -181,6 +180,7 @@ def _tried(request: dict[str, Any]) -> dict[str, Any]:
 
 def _child(request: dict[str, Any], names: dict[str, str]) -> None:
     import resource
+    import tempfile
 
     from onnxprune import cli
 
@@ -188,6 +188,7 @@ def _child(request: dict[str, Any], names: dict[str, str]) -> None:
     try:
         os.chdir(request["folder"])
         os.environ.update(request["environment"])
+        tempfile.tempdir = None
         for number, name in ((1, "out"), (2, "err")):
             handle = os.open(names[name], os.O_CREAT | os.O_WRONLY)
             os.dup2(handle, number)
@@ -198,9 +199,13 @@ def _child(request: dict[str, Any], names: dict[str, str]) -> None:
         def hook(event: str, given: tuple[Any, ...]) -> None:
             if event in WATCHED:
                 index = WATCHED[event]
-                path = "" if index is None else os.path.abspath(os.fsdecode(given[index])) if isinstance(
-                    given[index], (str, bytes, os.PathLike)
-                ) else str(given[index])
+                path = (
+                    ""
+                    if index is None
+                    else os.path.abspath(os.fsdecode(given[index]))
+                    if isinstance(given[index], (str, bytes, os.PathLike))
+                    else str(given[index])
+                )
                 written = event != "open" or bool(given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
                 os.write(log, (json.dumps([event, path, written]) + "\n").encode())
 

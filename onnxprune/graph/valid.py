@@ -70,7 +70,9 @@ def check_tensor(tensor: TensorProto, what: str) -> None:
     if any(d < 0 for d in tensor.dims):
         raise PruneError(f"{name} has the negative shape {list(tensor.dims)}: the file is damaged, export it again")
     if len(tensor.dims) > AXES:
-        raise PruneError(f"{name} has {len(tensor.dims)} axes, and can have {AXES}: the file is damaged, export it again")
+        raise PruneError(
+            f"{name} has {len(tensor.dims)} axes, and can have {AXES}: the file is damaged, export it again"
+        )
     if tensor.data_location == TensorProto.EXTERNAL:
         if dtype == ir.DataType.STRING:
             raise PruneError(f"{name} keeps strings in another file, which ONNX forbids; export the model again")
@@ -281,9 +283,7 @@ def check_calls(proto: onnx.ModelProto, what: str) -> None:
         )
 
 
-def _operators(
-    graph: onnx.GraphProto | onnx.FunctionProto, functions: Container[Function]
-) -> Iterator[Function]:
+def _operators(graph: onnx.GraphProto | onnx.FunctionProto, functions: Container[Function]) -> Iterator[Function]:
     """The functions that are called in a graph and those within it, as often as they are."""
     for node in graph.node:
         if (key := (node.domain, node.op_type, node.overload)) in functions:
