@@ -17,7 +17,7 @@ import pytest
 from bad_input import net, refused
 from forked import Outcome, Server, server
 from hostile_models import BEARABLE, HUGE, REFUSED, Make
-from nets import parse, pi
+from nets import pi
 
 from onnxprune import prune
 
@@ -151,37 +151,41 @@ NAMES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES, ids=lambda name: ascii(name)[1:20])
-def test_names_that_would_steer_a_terminal_or_a_page(name: str, forked: Server, tmp_path: Path) -> None:
-    def make(folder: Path) -> None:
-        model = parse(
-            "(float[N, 4] x) => (float[N, 4] y) { h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) }",
-            w=pi(4, 16),
-            v=pi(16, 4),
-        )
-        spelt = {"x": f"x{name}", "w": f"w{name}", "h": f"h{name}"}
-        for value in (*model.graph.input, *model.graph.initializer):
-            value.name = spelt.get(value.name, value.name)
-        for node in model.graph.node:
-            node.name = f"n{name}"[: 1 << 12] + node.output[0]
-            node.input[:] = [spelt.get(n, n) for n in node.input]
-            node.output[:] = [spelt.get(n, n) for n in node.output]
-        model.graph.doc_string = model.producer_name = name
+def named(folder: Path) -> None:
+    """A chain of layers whose tensors and nodes have all these names."""
+    values = [f"h{name}" for name in NAMES]
+    model = net()
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.input[0].name = f"x{NAMES[0]}"
+    for index, name in enumerate(NAMES):
+        read = values[index - 1] if index else model.graph.input[0].name
+        made = values[index] if index + 1 < len(NAMES) else model.graph.output[0].name
+        model.graph.node.add(op_type="MatMul", input=[read, f"w{name}"], output=[made], name=f"n{name}")
+        shape = (4 if index == 0 else 8, 3 if index + 1 == len(NAMES) else 8)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(pi(*shape), f"w{name}"))
         model.metadata_props.add(key=name, value=name)
-        (folder / "model.onnx").write_bytes(model.SerializeToString())
+    model.graph.doc_string = model.producer_name = "".join(NAMES)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
 
-    scene = Scene(tmp_path, make)
-    np.savez(scene.inside / "data.npz", **{f"x{name}": np.ones((2, 4), np.float32)})
+
+def test_names_that_would_steer_a_terminal_or_a_page(forked: Server, tmp_path: Path) -> None:
+    scene = Scene(tmp_path, named)
+    np.savez(scene.inside / "data.npz", **{f"x{NAMES[0]}": np.ones((2, 4), np.float32)})
     scene.before = scene.listing()
     for command in READING.values():
         assert scene.tried(forked, command).status == 0
-    scene.tried(forked, "evaluate model.onnx --data data.npz --baseline model.onnx")
-    scene.tried(forked, RUNNING["benchmark"])
+    assert scene.tried(forked, "evaluate model.onnx --data data.npz --baseline model.onnx").status == 0
+    assert scene.tried(forked, RUNNING["benchmark"]).status == 0
+    told = (
+        scene.tried(forked, "prune model.onnx -o out.onnx --sparsity 2").err + scene.tried(forked, "inspect no\x1b").err
+    )
+    assert "\\x1b" in told
     pytest.importorskip("plotly")
     done = forked.run([*READING["prune"].split(), "--report", "page.html"], scene.inside)
     assert done.status == 0, done.err
     page = (scene.inside / "page.html").read_text(encoding="utf-8")
-    assert name not in page or (name.isprintable() and not set(name) & set("<>&"))
+    for name in NAMES:
+        assert f"w{name}" not in page or (name.isprintable() and not set(name) & set("<>&"))
     tags = _Tags()
     tags.feed(page)
     assert not tags.seen & {"img", "u"}

@@ -97,6 +97,22 @@ JOURNAL = ".journal"
 """The file in a hidden folder that says which files a commit puts beside a model, and which it takes away."""
 
 
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A file to be written in a target's place; at the end of the block it is on disk, and takes it.
+
+    Raises:
+        PruneError: it cannot be written; what stood there is untouched.
+    """
+    target = files.resolve(target)
+    if target.parent.is_dir():
+        tidy(target.parent)
+    with files.staging(target) as folder, files.writing(target):
+        yield folder / target.name
+        files.put(folder / target.name, target)
+        files.sync(target.parent)
+
+
 def tidy(folder: Path) -> None:
     """Remove what runs that were killed left in a folder: their hidden folders, and data that no model got to name."""
     with files.left(folder) as found:

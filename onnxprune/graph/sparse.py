@@ -110,7 +110,7 @@ def _check(item: onnx.SparseTensorProto, budget: int, what: str) -> int:
         raise PruneError(
             f"{wrong} is inconsistent: it needs a shape, numbers as values and integers as indices; export it again"
         )
-    size = math.prod(dims)
+    size: int = math.prod(dims)
     if size * values.itemsize > budget:
         raise PruneError(f"{wrong} takes more memory when dense than the file's size justifies; store it dense first")
     if indices.ndim == 2 and indices.shape[1] == len(dims):
@@ -119,7 +119,7 @@ def _check(item: onnx.SparseTensorProto, budget: int, what: str) -> int:
         inside = indices.ndim == 1 and bool(((indices >= 0) & (indices < size)).all())
     if not inside or values.shape != indices.shape[:1]:
         raise PruneError(f"{wrong} is inconsistent: {values.shape} values at indices that do not fit; export it again")
-    return size * int(values.itemsize)
+    return size * values.itemsize
 
 
 def _dense(item: onnx.SparseTensorProto) -> TensorProto:
