@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,16 +67,35 @@ class Server:
             spare: megabytes of address space it may take.
             environment: variables that it sees.
         """
+        return self.start(
+            arguments, folder, seconds=seconds, killed_after=killed_after, spare=spare, environment=environment
+        )()
+
+    def start(
+        self,
+        arguments: Sequence[object],
+        folder: Path,
+        *,
+        seconds: float = 60.0,
+        killed_after: float | None = None,
+        spare: int = 4096,
+        environment: Mapping[str, str] | None = None,
+    ) -> Callable[[], Outcome]:
+        """The same, without waiting for it: what is returned does."""
         request = {
             "arguments": [str(a) for a in arguments], "folder": str(folder), "seconds": seconds,
             "killed_after": killed_after, "spare": spare, "environment": dict(environment or {}),
         }  # fmt: skip
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        return Outcome(**{**answer, "seen": tuple(map(tuple, answer["seen"]))})
+
+        def finish() -> Outcome:
+            assert self.process.stdout is not None
+            answer = json.loads(self.process.stdout.readline())
+            return Outcome(**{**answer, "seen": tuple(map(tuple, answer["seen"]))})
+
+        return finish
 
 
 @contextlib.contextmanager
