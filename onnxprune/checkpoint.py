@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxprune.errors import PruneError
-from onnxprune.graph.files import writing
+from onnxprune.graph import saving
 
 WHAT = {"model": "another model", "data": "other data", "options": "other options", "version": "another version"}
 
@@ -63,16 +63,8 @@ class Checkpoint:
         self.records[name] = record
         if self.path is None:
             return
-        draft = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        with writing(self.path):
-            try:
-                with open(draft, "w", encoding="utf-8") as file:
-                    json.dump({"key": self.key, "records": self.records}, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(draft, self.path)
-            finally:
-                draft.unlink(missing_ok=True)
+        with saving.replacing(self.path) as draft:
+            draft.write_text(json.dumps({"key": self.key, "records": self.records}), encoding="utf-8")
 
     def done(self) -> None:
         """Nothing is left to resume."""

@@ -13,13 +13,13 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
 from onnxprune import cli_search
 from onnxprune.cli_options import DATA, Baseline, Json, Metric, Model, NoTiming, Report, Shapes, Table, Threads
-from onnxprune.cli_output import check_report, print_json, reported, results_only, say, show
+from onnxprune.cli_output import INTERRUPTED, check_report, leave, print_json, reported, results_only, say, show
 from onnxprune.errors import PruneError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from onnxprune.runtime.benchmark import Benchmark
     from onnxprune.tables import Sizes
 
-GATE_NOT_MET, BAD_INPUT, INTERRUPTED = 1, 2, 130
+GATE_NOT_MET, BAD_INPUT = 1, 2
 # typer has no public name for the parent of its usage errors, and where it keeps it differs between versions.
 _USAGE_ERRORS = cast("tuple[type[Exception], ...]", typer.BadParameter.__bases__)
 
@@ -320,6 +320,14 @@ def benchmark(
         from onnxprune import tables
 
         show(tables.benchmarked(found))
+
+
+def command() -> NoReturn:
+    """The command of a terminal: runs the command line, and ends the process."""
+    status = main()
+    if status == INTERRUPTED:
+        leave(status)
+    sys.exit(status)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
@@ -19,16 +20,66 @@ from onnxprune.errors import PruneError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-BROKEN_PIPE = 141
+BROKEN_PIPE, INTERRUPTED = 141, 130
 
 
 @contextlib.contextmanager
-def results_only() -> Iterator[None]:
-    """Keep stdout for results: what a user's data function or a library prints goes to stderr."""
+def results_only(told: Callable[[], str] = lambda: "interrupted") -> Iterator[None]:
+    """The work of a command. Stdout is kept for results: what a function or a library prints goes to stderr.
+
+    Args:
+        told: what is said where Ctrl-C has to end the process, since a library does not return.
+    """
     from onnxprune import progress
 
-    with contextlib.redirect_stdout(sys.stderr), progress.shown(_bar):
+    with contextlib.redirect_stdout(sys.stderr), progress.shown(_bar), _interruptible(told):
         yield
+
+
+GRACE = 1.0
+"""Seconds from Ctrl-C on that the work is given to end."""
+
+
+@contextlib.contextmanager
+def _interruptible(told: Callable[[], str]) -> Iterator[None]:
+    """End the process where Ctrl-C does not end the block: Python cannot interrupt a call into a library.
+
+    What is left in hidden folders then is what a killed run leaves; the next one clears it away.
+    """
+    if os.name == "nt" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signalled, signal_to = os.pipe()
+    os.set_blocking(signal_to, False)
+    ended = threading.Event()
+
+    def watch() -> None:
+        while received := os.read(signalled, 1):
+            if received[0] == signal.SIGINT and not ended.wait(GRACE):
+                say(told())
+                if "onnxprune.curves" in sys.modules:
+                    sys.modules["onnxprune.curves"].end_processes()
+                leave(INTERRUPTED)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    before = signal.set_wakeup_fd(signal_to, warn_on_full_buffer=False)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        signal.set_wakeup_fd(before)
+        os.close(signal_to)
+        watcher.join()
+        os.close(signalled)
+
+
+def leave(status: int) -> NoReturn:
+    """End the process at once: what Python and the libraries take down at its end takes a second."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 SLOW = 2.0

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from onnxprune.cli_options import DATA, Json, Metric, Model, Report, Shapes
-from onnxprune.cli_output import check_report, print_json, reported, results_only, say, show
+from onnxprune.cli_output import INTERRUPTED, check_report, print_json, reported, results_only, say, show
 from onnxprune.errors import PruneError
 
 if TYPE_CHECKING:
     from onnxprune.search import Candidate
 
-GATE_NOT_MET, INTERRUPTED = 1, 130
+GATE_NOT_MET = 1
 
 Data = Annotated[str, typer.Option(metavar="DATA", help=DATA, show_default=False)]
 Jobs = Annotated[int, typer.Option(metavar="N", help="Processes side by side; -1 is one per CPU.")]
@@ -66,11 +66,17 @@ def sensitivity(
     """
     check_report(output, model)
     tried = None if levels is None else _numbers(levels)
-    with results_only():
+    keep = None if output is None else output.with_name(f"{output.name}.checkpoint")
+
+    def told() -> str:
+        if keep is None or not keep.exists():
+            return "interrupted"
+        return f"interrupted; the same command goes on from here: measurements are kept in '{keep}'"
+
+    with results_only(told):
         from onnxprune import curves
         from onnxprune.runtime.feeds import parse_shapes
 
-        keep = None if output is None else output.with_name(f"{output.name}.checkpoint")
         try:
             found = curves.sensitivity(
                 model, data, levels=curves.LEVELS if tried is None else tried, pattern=pattern, score=score,
@@ -79,9 +85,8 @@ def sensitivity(
                 jobs=jobs, threads=threads, seed=seed, shapes=parse_shapes(shape or []), checkpoint=keep,
             )  # fmt: skip
         except KeyboardInterrupt:
-            if keep is None or not keep.exists():
-                raise
-            say(f"interrupted; the same command goes on from here: measurements are kept in '{keep}'")
+            curves.end_processes()
+            say(told())
             raise typer.Exit(INTERRUPTED) from None
         shown: dict[str, Any] = {"model": model, **found.to_dict()}
         if output is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -345,6 +346,14 @@ def _beside(name: str, blob: np.ndarray, metric: Any, tasks: list[Task], jobs: i
         return
     calls = (delayed(_measured)(name, blob, metric, task) for task in tasks)
     yield from Parallel(n_jobs=jobs, batch_size=1, return_as="generator_unordered")(calls)
+
+
+def end_processes() -> None:
+    """Processes that measure would go on for as long as a measurement takes."""
+    if "joblib.externals.loky" in sys.modules:
+        from joblib.externals.loky import get_reusable_executor
+
+        get_reusable_executor().shutdown(wait=False, kill_workers=True)
 
 
 def _measure_latency(

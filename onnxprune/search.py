@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -204,7 +203,7 @@ def autoprune(
     except KeyboardInterrupt:
         run.ended = "interrupted"
         run.stop.set()
-        _end_processes()
+        curves.end_processes()
         worker.join(QUIET)
     if run.error is not None:
         raise run.error
@@ -461,14 +460,6 @@ class _Run:
 
 CALIBRATION = 256
 """Samples of the search's data that are calibrated on."""
-
-
-def _end_processes() -> None:
-    """Processes that measure would go on for as long as a measurement takes."""
-    if "joblib.externals.loky" in sys.modules:
-        from joblib.externals.loky import get_reusable_executor
-
-        get_reusable_executor().shutdown(wait=False, kill_workers=True)
 
 
 __all__ = ["Candidate", "Recipe", "Search", "autoprune", "recipes"]

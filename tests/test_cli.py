@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -439,6 +441,37 @@ def test_a_fault_is_one_paragraph_and_a_traceback_on_request(
     assert "ONNXPRUNE_DEBUG=1" in err
     monkeypatch.setenv("ONNXPRUNE_DEBUG", "1")
     assert "Traceback" in run("inspect", model)[2]
+
+
+ENDLESS = """(float[2, 4] x) => (float[2, 4] y) { m = Constant<value = int64 {9223372036854775807}>()
+    c = Constant<value = bool {1}>() y = Loop(m, c, x) <body = b (int64 i, bool p, float[2, 4] a) =>
+    (bool q, float[2, 4] d) { q = Identity(p) d = Relu(a) }> }"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is sent otherwise there")
+def test_an_interrupt_ends_what_a_library_does_not(tmp_path: Path) -> None:
+    """A model that runs for ever is in onnxruntime's hands, where Python cannot interrupt it."""
+    proto = parser.parse_model(f'<ir_version: 9, opset_import: ["" : 18]> g {ENDLESS}')
+    onnx.save(proto, tmp_path / "endless.onnx")
+    (tmp_path / "spy.py").write_text(
+        "import numpy, pathlib\n"
+        "def feeds():\n    pathlib.Path('called').touch()\n    return [{'x': numpy.ones((2, 4), numpy.float32)}]\n"
+    )
+    command = [sys.executable, "-m", "onnxprune", "evaluate", "endless.onnx", "--data", "spy:feeds"]
+    command += ["--baseline", "endless.onnx"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=-1, text=True, start_new_session=True)
+    for _ in range(1200):
+        if (tmp_path / "called").exists():
+            break
+        time.sleep(0.05)
+    time.sleep(1.0)
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    sent = time.monotonic()
+    out, told = process.communicate(timeout=60)
+    took = time.monotonic() - sent
+    assert (process.returncode, out, told) == (130, "", "interrupted\n")
+    assert 1.0 <= took < 5, took
 
 
 def test_an_interrupt_is_one_line(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
 import pytest
-from model_files import HALF, LAYOUTS, net, stored, tree, write_external
+from forked import Server, server
+from model_files import HALF, LAYOUTS, net, stored, tree, values, write_external
+from nets import parse
 
 from onnxprune import prune
 from onnxprune.graph import files, saving
@@ -91,6 +96,128 @@ def test_killed_at_any_call(kind: str, where: str, tmp_path: Path) -> None:
         named = {entry.value for m in ("model", "out") for t in _tensors(folder / f"{m}.onnx") for entry in t}
         assert left == {"model.onnx", "out.onnx"} | named
     assert ends == {True, False}
+
+
+@pytest.fixture(scope="module")
+def forked() -> Iterator[Server]:
+    with server(ONNXPRUNE_CACHE="") as running:
+        yield running
+
+
+def large(seed: int = 0) -> onnx.ModelProto:
+    """A model whose saving takes a share of a run."""
+    names = "abcdef"
+    body = " ".join(f"h{n} = MatMul({'x' if i == 0 else f'h{names[i - 1]}'}, {n})" for i, n in enumerate(names))
+    return parse(
+        f"(float[2, 256] x) => (float[2, 256] y) {{ {body} y = Relu(hf) }}",
+        **{n: values(256, 256, seed=seed + i) for i, n in enumerate(names)},
+    )
+
+
+def scene_of(kind: str, folder: Path, model: onnx.ModelProto) -> None:
+    """model.onnx, and what stood at out.onnx."""
+    folder.mkdir()
+    for name in ("model.onnx", "out.onnx"):
+        if kind == "single":
+            (folder / name).write_bytes(model.SerializeToString())
+        else:
+            write_external(model, folder / name, lambda index, tensor, name=name: f"{name}.data")
+
+
+@pytest.mark.parametrize("count", [10, pytest.param(75, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("where", ["in place", "another name"])
+@pytest.mark.parametrize("kind", ["single", "external"])
+def test_killed_at_random_moments(kind: str, where: str, count: int, forked: Server, tmp_path: Path) -> None:
+    """The real command, killed whenever: the target is the old file or the whole new one; the next run clears up."""
+    scene = tmp_path / "scene"
+    scene_of(kind, scene, large())
+    target = "model.onnx" if where == "in place" else "out.onnx"
+    force = ["--force"] if where == "in place" else []
+    command = ["prune", "model.onnx", "-o", target, "--sparsity", "0.5", "--no-benchmark", *force]
+    again = ["prune", "model.onnx", "-o", "other.onnx", "--sparsity", "0.5", "--no-benchmark"]
+    old, new = stored(large()), stored(prune(large(), HALF).to_proto())
+    took = []
+    for index in range(3):
+        shutil.copytree(scene, tmp_path / f"whole-{index}")
+        done = forked.run(command, tmp_path / f"whole-{index}")
+        assert done.status == 0
+        assert stored(onnx.load(tmp_path / f"whole-{index}" / target)) == new
+        took.append(done.seconds)
+    moments = random.Random(f"{kind} {where} {count}")
+    killed = 0
+    for _ in range(count):
+        folder = shutil.copytree(scene, tmp_path / "folder")
+        done = forked.run(command, folder, killed_after=moments.uniform(0, 1.1 * statistics.median(took)))
+        killed += done.status == -9
+        assert done.status in (0, -9), done.err
+        now = stored(onnx.load(folder / target))
+        assert now == new if done.status == 0 else now in (old, new)
+        if where != "in place":
+            assert tree(scene).items() >= {n: h for n, h in tree(folder).items() if n.startswith("model")}.items()
+        assert forked.run(again, folder).status == 0
+        assert stored(onnx.load(folder / target)) == now
+        named = {entry.value for m in folder.glob("*.onnx") for t in _tensors(m) for entry in t}
+        assert {path.name for path in folder.iterdir()} == {"model.onnx", "out.onnx", "other.onnx"} | named
+        shutil.rmtree(folder)
+    assert killed > count // 2
+
+
+def test_what_is_synced_before_a_rename(tmp_path: Path) -> None:
+    """Every file that takes another's place is on disk before it does, and the folder's entries are afterwards."""
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed")
+    source = write_external(net(), tmp_path / "model.onnx", LAYOUTS["two files"])
+    calls = "openat,fsync,fdatasync,rename,renameat,renameat2,close"
+    log = tmp_path / "log.txt"
+    program = "import onnxprune, sys; onnxprune.prune(sys.argv[1], [{'sparsity': 0.5}], sys.argv[2])"
+    out = tmp_path / "out.onnx"
+    traced = subprocess.run(
+        ["strace", "-f", "-y", "-o", log, "-e", f"trace={calls}", sys.executable, "-c", program, source, out],
+        capture_output=True,
+        check=False,
+    )
+    if traced.returncode:
+        pytest.skip(f"strace cannot be used here: {traced.stderr.decode()[-200:]}")
+    synced: set[str] = set()
+    renamed: list[str] = []
+    for line in log.read_text(errors="replace").splitlines():
+        call = line.split(maxsplit=1)[1]
+        if call.startswith(("fsync(", "fdatasync(")):
+            synced.add(call.split("<")[1].split(">")[0])
+            if call.split("<")[1].split(">")[0] == str(tmp_path):
+                renamed = [name for name in renamed if name == "never"]
+        elif call.startswith("rename") and str(out) in call:
+            staged, target = call.split('"')[1], call.split('"')[3]
+            assert staged in synced, f"{staged} was renamed before it was on disk"
+            if target == str(out):
+                assert not renamed, "data files were renamed, and the folder was not synced before the model was"
+            renamed.append(target)
+    assert not renamed, "the folder was not synced after the last rename"
+    assert len([name for name in synced if "out.onnx" in name]) == 3
+
+
+def test_two_runs_onto_one_target(forked: Server, tmp_path: Path) -> None:
+    """Runs at once, of models with and without data files, leave one whole model, and nothing else."""
+    wanted = [stored(prune(model, HALF).to_proto()) for model in (large(), large(10))]
+    with server(ONNXPRUNE_CACHE="") as second:
+        for attempt in range(10):
+            folder = tmp_path / f"{attempt}"
+            folder.mkdir()
+            (folder / "model.onnx").write_bytes(large().SerializeToString())
+            write_external(large(10), folder / "data.onnx", lambda index, name: "data.bin")
+            pair = ("model.onnx" if attempt % 2 else "data.onnx", "data.onnx")
+            requests = [
+                running.start(["prune", name, "-o", "out.onnx", "--sparsity", "0.5", "--no-benchmark"], folder)
+                for running, name in zip((forked, second), pair, strict=True)
+            ]
+            outcomes = [finish() for finish in requests]
+            assert any(done.status == 0 for done in outcomes)
+            for done in outcomes:
+                assert done.status == 0 or "appeared in its folder meanwhile; run again" in done.err
+            assert stored(onnx.load(folder / "out.onnx")) in wanted
+            prune(folder / "model.onnx", HALF, folder / "other.onnx")
+            named = {entry.value for m in folder.glob("*.onnx") for t in _tensors(m) for entry in t}
+            assert {p.name for p in folder.iterdir()} == {"model.onnx", "data.onnx", "other.onnx", "out.onnx"} | named
 
 
 def _tensors(path: Path) -> list[list[onnx.StringStringEntryProto]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx
 import pytest
 from model_files import HALF, LAYOUTS, net, run, stored, tree, values, write_external
-from nets import parse
+from nets import parse, tensors
 
 from onnxprune import PruneError, prune
 from onnxprune.graph import assemble
@@ -127,7 +127,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if not mounted or mounted.returncode:
         pytest.skip("file systems cannot be mounted here")
     yield folder
-    subprocess.run(["umount", folder], check=True)
+    subprocess.run(["umount", "--lazy", folder], check=True)  # a failed test still holds what it mapped
 
 
 @pytest.mark.parametrize("external", [False, True], ids=["inline", "external"])
@@ -152,6 +152,79 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         folder.mkdir(0o500)
     with pytest.raises(PruneError, match=r"cannot write '.*/out\.onnx': .*(not permitted|denied|Read-only)"):
         prune(net(), HALF, folder / "out.onnx")
+
+
+@pytest.mark.parametrize("layout", ["one file", "two files"])
+def test_another_file_system(layout: str, small_disk: Path, tmp_path: Path) -> None:
+    """The target, or what a link leads to, is where no rename from here leads: it is written there to begin with."""
+    source = write_external(net(), tmp_path / "model.onnx", LAYOUTS[layout])
+    expected = stored(prune(net(), HALF).to_proto())
+    os.symlink(small_disk / "linked.onnx", tmp_path / "link.onnx")
+    for target in (small_disk / "out.onnx", tmp_path / "link.onnx"):
+        for _ in range(2):
+            prune(source, HALF, target)
+            assert stored(onnx.load(os.path.realpath(target))) == expected
+    assert (tmp_path / "link.onnx").is_symlink()
+    named = {entry.value for m in small_disk.glob("*.onnx") for t in locations(m) for entry in t}
+    assert set(os.listdir(small_disk)) == {"out.onnx", "linked.onnx"} | named
+
+
+def locations(path: Path) -> list[list[onnx.StringStringEntryProto]]:
+    proto = onnx.load(path, load_external_data=False)
+    return [[e for e in t.external_data if e.key == "location"] for _, t in tensors(proto)]
+
+
+UNPRIVILEGED = """
+import os, sys
+import tempfile
+import onnxprune
+with tempfile.TemporaryDirectory() as folder:  # all is imported
+    onnxprune.prune(sys.argv[1], [{"sparsity": 0.5}], folder + "/out.onnx")
+os.setgid(65534); os.setuid(65534)
+for target, force in ((sys.argv[2], False), (sys.argv[1], True)):
+    try:
+        onnxprune.prune(sys.argv[1], [{"sparsity": 0.5}], target, force=force)
+        print("written")
+    except onnxprune.PruneError as error:
+        print(error)
+"""
+
+
+def test_a_folder_that_only_others_may_write(target: Path, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can become somebody else")
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    try:
+        source = write_external(net(), folder / "model.onnx", LAYOUTS["one file"])
+        folder.chmod(0o755)
+        before = tree(folder)
+        told = subprocess.run(
+            [sys.executable, "-c", UNPRIVILEGED, source, folder / "out.onnx"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        lines = told.stdout.splitlines()
+        assert len(lines) == 2
+        assert all(
+            "cannot write '" in line and "Permission denied; make room or choose another" in line for line in lines
+        )
+        assert tree(folder) == before
+        assert len(os.listdir(folder)) == 2
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_a_read_only_file_system(small_disk: Path, tmp_path: Path) -> None:
+    source = write_external(net(), small_disk / "model.onnx", LAYOUTS["one file"])
+    before = tree(small_disk)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    prune(source, HALF, tmp_path / "out.onnx")
+    assert stored(onnx.load(tmp_path / "out.onnx")) == stored(prune(net(), HALF).to_proto())
+    for name, force in (("model.onnx", True), ("out.onnx", False)):
+        with pytest.raises(PruneError, match=rf"cannot write '.*{name}': Read-only file system; make room or choose"):
+            prune(source, HALF, small_disk / name, force=force)
+    assert tree(small_disk) == before
 
 
 def test_an_exception_while_the_staged_model_runs(target: Path, tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def test_ctrl_c_keeps_the_best_so_far(files, tmp_path):
     assert "Traceback" not in err
     assert any("goes on from here" in note for note in found["notes"])
     assert output.exists()
-    assert took < 20, took  # 2 s on a machine that does nothing else
+    assert took < 5, took  # 2 s are promised where a process gets the time it needs
 
 
 @pytest.mark.usefixtures("quick")

@@ -86,6 +86,20 @@ def compute(expression: Expression, read: Callable[[Leaf], Array]) -> Array:
     return expression.apply(*(compute(arg, read) for arg in expression.args))
 
 
+def layout(expression: Expression) -> Array:
+    """An array of the operand's shape that costs little."""
+    return push(expression, lambda leaf: np.broadcast_to(np.bool_(False), leaf.shape))
+
+
+def as_stored(expression: Expression) -> bool:
+    """Whether values arrive as they are stored, moved and cast at most."""
+    if isinstance(expression, Leaf):
+        return True
+    if isinstance(expression, Move):
+        return all(as_stored(arg) for arg in expression.args)
+    return expression.keeps and as_stored(expression.arg)
+
+
 def zeros(expression: Expression, indices: Callable[[Leaf], Array], out: Array) -> None:
     """Write, for every element, the stored value that the operand sees as exactly 0.
 

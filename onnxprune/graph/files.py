@@ -108,6 +108,18 @@ def left(parent: Path) -> Iterator[list[Path]]:
 
 
 @contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Have a folder to oneself while files are renamed in it: runs that write there at once take turns."""
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # some network file systems have no locks
+                handle = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, handle)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
 def writing(target: Path | None) -> Iterator[None]:
     """Say which target the operating system refused to write, and why."""
     try:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from onnxprune.errors import PruneError
-from onnxprune.graph import files
+from onnxprune.graph import files, saving
 
 LIMIT = 2**30
 """Bytes of one array in a mask file: bits for 8.6 billion entries. A file that declares more is refused unread."""
@@ -106,11 +106,8 @@ class Masks(Mapping[str, np.ndarray]):
             raise PruneError(f"cannot write masks to '{target}', a folder; give the name of a file in it")
         index = json.dumps([[name, list(shape)] for name, (_, shape) in self._bits.items()])
         bits = np.concatenate([np.empty(0, np.uint8), *(self._packed(name) for name in self._bits)])
-        with files.staging(target) as folder, files.writing(target):
-            with open(folder / target.name, "wb") as file:  # given a name, numpy would append .npz
-                np.savez_compressed(file, index=np.frombuffer(index.encode(), np.uint8), bits=bits)
-            files.put(folder / target.name, target)
-            files.sync(target.parent)
+        with saving.replacing(target) as draft, open(draft, "wb") as file:  # given a name, numpy would append .npz
+            np.savez_compressed(file, index=np.frombuffer(index.encode(), np.uint8), bits=bits)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Masks:

@@ -198,11 +198,7 @@ def load(source: ModelSource) -> Model:
             "torch and Keras models go through onnxprune.converters"
         )
     path = Path(source)
-    proto, origin = parse(path)
-    if not proto.HasField("graph") or not proto.opset_import:
-        raise PruneError(
-            f"'{path}' is not an ONNX model, or is truncated: it parses, but holds no graph and operator set; {_AGAIN}"
-        )
+    proto, origin = _model_at(path)
     model = open_proto(proto, path.absolute().parent, path)
     model.origin = origin
     if wire.OWN in model.data:
@@ -212,6 +208,16 @@ def load(source: ModelSource) -> Model:
 
 
 _AGAIN = "give the path of an .onnx file, or export it again"
+
+
+def _model_at(path: Path) -> tuple[onnx.ModelProto, File | Memory]:
+    """A model file that holds a model; see `parse`."""
+    proto, origin = parse(path)
+    if not proto.HasField("graph") or not proto.opset_import:
+        raise PruneError(
+            f"'{path}' is not an ONNX model, or is truncated: it parses, but holds no graph and operator set; {_AGAIN}"
+        )
+    return proto, origin
 
 
 def parse(path: Path) -> tuple[onnx.ModelProto, File | Memory]:
@@ -227,15 +233,25 @@ def parse(path: Path) -> tuple[onnx.ModelProto, File | Memory]:
             kind = "a folder" if path.is_dir() else "no regular file"
             raise PruneError(f"'{path}' is {kind}; give the path of an .onnx model")
         file = File.of(os.path.realpath(path))
-        content = None
-        if LARGE <= file.size <= PROTOBUF_LIMIT:
+        if file.size >= 2**31:
+            raise PruneError(
+                f"'{path}' is not an ONNX model: it has {file.size} bytes, and one has less than 2 GB; {_AGAIN}"
+            )
+        content = path.read_bytes() if file.size < LARGE else None
+        opened = file if content is None else Memory(content)
+        wire.measure(opened.read, opened.size)
+        left_out = 0
+        if content is None and file.size <= PROTOBUF_LIMIT:
             with contextlib.suppress(wire.Irregular):
                 content, left_out = wire.skeleton(file.read, file.size)
         if content is None:
-            left_out = 0
             content = path.read_bytes()
     except PruneError:
         raise
+    except wire.Oversized as error:
+        raise PruneError(f"'{path}' {error}, which no model needs; export it again, without metadata") from None
+    except wire.Irregular:
+        raise PruneError(f"'{path}' is not an ONNX model, or is truncated ({file.size} bytes); {_AGAIN}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         told = getattr(error, "strerror", None) or error
         raise PruneError(f"cannot read '{path}': {told}; check its name and permissions") from error
@@ -258,15 +274,10 @@ def open_proto(proto: onnx.ModelProto, folder: Path | None, path: Path | None) -
         PruneError: as for `load`.
     """
     what = "the model" if path is None else f"'{path}'"
+    places = _checked(proto, folder, path)
     try:
-        for tensor in tensors(proto):
-            valid.check_tensor(tensor, what)
-        valid.check_names(proto, what)
-        roots = [p for p in (folder, None if path is None else Path(os.path.realpath(path)).parent) if p is not None]
-        own = None if path is None else os.path.realpath(path)
-        places = valid.check_external(list(external_tensors(proto)), roots, what, own)
         data = {location: File.of(place) for location, place in places.items()}
-        names = sparse.densify(proto, subgraphs(proto))
+        names = sparse.densify(subgraphs(proto))
         _constants_to_tensors(proto)
         # The view looks external tensors up by their real paths: they are checked, and onnx-ir refuses the hard links
         # and the linked folders that package managers and model caches make.
@@ -281,6 +292,34 @@ def open_proto(proto: onnx.ModelProto, folder: Path | None, path: Path | None) -
     except Exception as error:  # a hostile file makes the parsers raise anything
         raise PruneError(f"{what} cannot be read as an ONNX graph: {reason(error)}; {_AGAIN}") from error
     return Model(proto, view, folder, path, names, data)
+
+
+def examine(path: Path) -> None:
+    """Find what makes a model file one that `load` refuses, for a reader that would crash on it or follow it anywhere.
+
+    Raises:
+        PruneError: as for `load`.
+    """
+    _checked(_model_at(path)[0], path.absolute().parent, path)
+
+
+def _checked(proto: onnx.ModelProto, folder: Path | None, path: Path | None) -> dict[str, str]:
+    """Check tensors, names and functions; returns location of each external data file -> its real path."""
+    what = "the model" if path is None else f"'{path}'"
+    try:
+        for tensor in tensors(proto):
+            valid.check_tensor(tensor, what)
+        valid.check_names(proto, what)
+        if proto.functions:
+            valid.check_calls(proto, what)
+        sparse.check(proto, subgraphs(proto), what)
+        roots = [p for p in (folder, None if path is None else Path(os.path.realpath(path)).parent) if p is not None]
+        own = None if path is None else os.path.realpath(path)
+        return valid.check_external(list(external_tensors(proto)), roots, what, own)
+    except PruneError:
+        raise
+    except Exception as error:  # a hostile file makes them raise anything
+        raise PruneError(f"{what} cannot be read as an ONNX graph: {reason(error)}; {_AGAIN}") from error
 
 
 def _ir_external(model: ir.Model) -> Iterator[ir.ExternalTensor]:

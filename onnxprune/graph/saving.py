@@ -67,8 +67,8 @@ class Staged:
         folder = target.parent
         in_place = self.in_place
         used = set() if in_place else {file.path for file in self.model.data.values()}
-        stale = [path for path in _data_files(target) if os.path.realpath(path) not in used]
-        with files.writing(target):
+        with files.writing(target), files.locked(folder):
+            stale = [path for path in _data_files(target) if os.path.realpath(path) not in used]
             if taken := [name for name in self.data if (folder / name).exists()]:
                 raise PruneError(f"cannot write '{target}': '{taken[0]}' appeared in its folder meanwhile; run again")
             journal = {"target": target.name, "files": [*self.data, *(path.name for path in stale)]}
@@ -85,9 +85,9 @@ class Staged:
                         (folder / name).unlink(missing_ok=True)
                 raise
             files.sync(folder)
-        for path in stale:
-            with contextlib.suppress(OSError):
-                path.unlink()
+            for path in stale:
+                with contextlib.suppress(OSError):
+                    path.unlink()
         if in_place and self.model.data:
             self.model.reload(target)
         return target
@@ -97,9 +97,25 @@ JOURNAL = ".journal"
 """The file in a hidden folder that says which files a commit puts beside a model, and which it takes away."""
 
 
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A file to be written in a target's place; at the end of the block it is on disk, and takes it.
+
+    Raises:
+        PruneError: it cannot be written; what stood there is untouched.
+    """
+    target = files.resolve(target)
+    if target.parent.is_dir():
+        tidy(target.parent)
+    with files.staging(target) as folder, files.writing(target):
+        yield folder / target.name
+        files.put(folder / target.name, target)
+        files.sync(target.parent)
+
+
 def tidy(folder: Path) -> None:
     """Remove what runs that were killed left in a folder: their hidden folders, and data that no model got to name."""
-    with files.left(folder) as found:
+    with files.left(folder) as found, files.locked(folder) if found else contextlib.nullcontext():
         for hidden in found:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 journal = json.loads((hidden / JOURNAL).read_text())

@@ -10,6 +10,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from onnxprune.errors import PruneError
+from onnxprune.graph.valid import AXES
 
 DENSE_LIMIT = 2**28
 """Bytes that the sparse initializers of any model may grow to."""
@@ -28,31 +29,35 @@ STORABLE = {
 """Types of weights that onnxruntime reads from a sparse_initializer (4-bit ones it does not)."""
 
 
-def densify(proto: onnx.ModelProto, graphs: Iterable[onnx.GraphProto]) -> frozenset[str]:
+def densify(graphs: Iterable[onnx.GraphProto]) -> frozenset[str]:
     """Turn sparse initializers into dense ones, in place; returns their names.
 
     onnxruntime does the same at load, so nothing about the computation changes.
 
     Args:
-        proto: the model.
-        graphs: its graphs, at any depth.
-
-    Raises:
-        PruneError: a sparse initializer is inconsistent, or declares a shape out of all proportion.
+        graphs: the model's graphs, at any depth; they were checked.
     """
     names: list[str] = []
-    budget = 0
     for graph in graphs:
-        if not graph.sparse_initializer:
-            continue
-        budget = budget or max(DENSE_LIMIT, DENSE_RATIO * proto.ByteSize())
         for item in graph.sparse_initializer:
-            tensor = _dense(item, budget)
-            budget -= len(tensor.raw_data)
+            tensor = _dense(item)
             names.append(tensor.name)
             graph.initializer.append(tensor)
         graph.ClearField("sparse_initializer")
     return frozenset(names)
+
+
+def check(proto: onnx.ModelProto, graphs: Iterable[onnx.GraphProto], what: str) -> None:
+    """Sparse initializers are consistent, and not out of all proportion when they are made dense.
+
+    Raises:
+        PruneError: one is not; nothing was allocated for its shape.
+    """
+    budget = 0
+    for graph in graphs:
+        for item in graph.sparse_initializer:
+            budget = budget or max(DENSE_LIMIT, DENSE_RATIO * proto.ByteSize())
+            budget -= _check(item, budget, what)
 
 
 def compress(graphs: Iterable[onnx.GraphProto], names: Collection[str] | None) -> None:
@@ -94,27 +99,35 @@ def _sparse(tensor: TensorProto) -> onnx.SparseTensorProto | None:
     return item if item.ByteSize() < tensor.ByteSize() else None
 
 
-def _dense(item: onnx.SparseTensorProto, budget: int) -> TensorProto:
-    """A sparse tensor as a dense one of at most `budget` bytes."""
+def _check(item: onnx.SparseTensorProto, budget: int, what: str) -> int:
+    """Bytes of a sparse tensor when it is dense, which are at most `budget`."""
     name, dims = item.values.name, list(item.dims)
+    wrong = f"{what}: sparse initializer '{name}' of shape {dims[:AXES]}"
     if TensorProto.EXTERNAL in (item.values.data_location, item.indices.data_location):
-        raise PruneError(f"sparse initializer '{name}' keeps its data in another file; load and save it dense first")
+        raise PruneError(f"{wrong} keeps its data in another file; load and save it dense first")
     values, indices = numpy_helper.to_array(item.values), numpy_helper.to_array(item.indices)
-    size = math.prod(dims)
-    wrong = f"sparse initializer '{name}' of shape {dims}"
+    if any(d < 0 for d in dims) or len(dims) > AXES or values.dtype.kind == "O" or indices.dtype.kind not in "iu":
+        raise PruneError(
+            f"{wrong} is inconsistent: it needs a shape, numbers as values and integers as indices; export it again"
+        )
+    size: int = math.prod(dims)
     if size * values.itemsize > budget:
         raise PruneError(f"{wrong} takes more memory when dense than the file's size justifies; store it dense first")
-    if any(d < 0 for d in dims) or values.dtype.kind == "O" or indices.dtype.kind not in "iu":
-        raise PruneError(
-            f"{wrong} is inconsistent: it needs numbers as values and integers as indices; export it again"
-        )
     if indices.ndim == 2 and indices.shape[1] == len(dims):
         inside = bool(((indices >= 0) & (indices < np.array(dims, np.int64))).all())
-        indices = indices @ np.array([math.prod(dims[i + 1 :]) for i in range(len(dims))], np.int64)
     else:
         inside = indices.ndim == 1 and bool(((indices >= 0) & (indices < size)).all())
-    if not inside or values.shape != indices.shape:
+    if not inside or values.shape != indices.shape[:1]:
         raise PruneError(f"{wrong} is inconsistent: {values.shape} values at indices that do not fit; export it again")
-    flat = np.zeros(size, values.dtype)
+    return size * values.itemsize
+
+
+def _dense(item: onnx.SparseTensorProto) -> TensorProto:
+    """A sparse tensor as a dense one."""
+    dims = list(item.dims)
+    values, indices = numpy_helper.to_array(item.values), numpy_helper.to_array(item.indices)
+    if indices.ndim == 2:
+        indices = indices @ np.array([math.prod(dims[i + 1 :]) for i in range(len(dims))], np.int64)
+    flat = np.zeros(math.prod(dims), values.dtype)
     flat[indices] = values
-    return numpy_helper.from_array(flat.reshape(dims), name)
+    return numpy_helper.from_array(flat.reshape(dims), item.values.name)

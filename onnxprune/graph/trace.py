@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxprune.errors import PruneError
+from onnxprune.graph import constants
 from onnxprune.graph import expression as ex
 from onnxprune.graph.loops import bodies, unchanged_state
 from onnxprune.graph.roles import CONTRIB, Role
@@ -29,6 +32,16 @@ RESHAPING = ex.MOVES.keys() - {"Concat", "Gather"} | {
     "DequantizeLinear",
 }
 """Operators whose result is their first operand, moved or converted; a Gather at run time is a look-up."""
+
+
+HEIGHT = 64
+"""Operators that may stand one behind the other between a stored tensor and an operand."""
+
+LEAVES = 4096
+"""Stored tensors that an operand may be made of, each as often as it occurs."""
+
+GROWN = 1 << 24
+"""Elements of what is made larger on its way, in all, before what is stored is taken for too little to prune."""
 
 
 class Untraceable(Exception):  # noqa: N818  (a finding, not an error)
@@ -55,6 +68,9 @@ class Tracer:
         """A tracer of the model's graphs and functions."""
         self.model = model
         self._constant: dict[tuple[int, Scope], bool] = {}
+        self._height: dict[tuple[int, Scope], int] = {}
+        self._traced: dict[tuple[int, Scope], ex.Expression | Untraceable] = {}
+        self._computed: dict[tuple[int, Scope], np.ndarray] = {}
         self._scopes: dict[tuple[int, Scope], Scope] = {}
         self._bodies = dict(bodies(model))
 
@@ -81,18 +97,15 @@ class Tracer:
                 continue
             keys = [self._resolve(v, where) for v in inputs]
             known = [None if k is None else self._constant.get((id(k[0]), k[1])) for k in keys]
-            if any(k is False for k in known):
-                self._constant[id(seen), where] = False
+            missing = next((k for k, v in zip(keys, known, strict=True) if k is not None and v is None), None)
+            if any(k is False for k in known) or missing is None:
+                self._constant[id(seen), where] = not any(k is False for k in known)
+                self._height[id(seen), where] = 1 + max(
+                    (self._height.get((id(k[0]), k[1]), 0) for k in keys if k is not None), default=0
+                )
                 stack.pop()
-            elif (
-                missing := next((k for k, v in zip(keys, known, strict=True) if k is not None and v is None), None)
-            ) is not None:
-                if missing in stack:
-                    raise PruneError(f"the graph has a cycle through '{seen.name}': it is no valid ONNX model")
-                stack.append(missing)
             else:
-                self._constant[id(seen), where] = True
-                stack.pop()
+                stack.append(missing)
         end = self._resolve(value, scope)
         return end is not None and self._constant[id(end[0]), end[1]]
 
@@ -105,7 +118,7 @@ class Tracer:
         attributes = scope.attributes(node)
         try:
             traced = self.trace(node.inputs[role.operand], scope)
-            layout = _layout(traced)
+            layout = ex.layout(traced)
             role.view(layout, attributes)
             if role.zero_point is not None:
                 traced = self._quantised(node, scope, role, traced, layout.shape, attributes)
@@ -124,6 +137,20 @@ class Tracer:
         resolved = self._resolve(value, scope)
         assert resolved is not None
         value, scope = resolved
+        key = (id(value), scope)
+        if key not in self._traced:
+            if self._height.get(key, 0) > HEIGHT:
+                raise Untraceable(f"more than {HEIGHT} operators stand between it and where it is read")
+            try:
+                self._traced[key] = self._trace(value, scope)
+            except Untraceable as reason:
+                self._traced[key] = reason
+        found = self._traced[key]
+        if isinstance(found, Untraceable):
+            raise found
+        return found
+
+    def _trace(self, value: ir.Value, scope: Scope) -> ex.Expression:
         node = value.producer()
         if node is None:
             assert value.const_value is not None
@@ -167,7 +194,11 @@ class Tracer:
         )
 
     def constant(self, value: ir.Value | None, scope: Scope) -> np.ndarray:
-        """A small constant's value, computed with ONNX's reference implementation where it is not stored."""
+        """A small constant's value, computed with ONNX's reference implementation where it is not stored.
+
+        Raises:
+            Untraceable: it cannot be computed.
+        """
         resolved = self._resolve(value, scope)
         assert resolved is not None
         value, scope = resolved
@@ -183,19 +214,34 @@ class Tracer:
         fixed = _static_shape(node)
         if fixed is not None:
             return fixed
-        try:
-            return self._evaluate(node, scope)[int(value.index() or 0)]
-        except Exception as error:
-            raise Untraceable(f"the constant '{value.name}' on its way cannot be computed: {error}") from error
+        key = (id(value), scope)
+        if key not in self._computed:
+            what = f"the constant '{value.name}' on its way cannot be computed"
+            if self._height.get(key, 0) > HEIGHT:
+                raise Untraceable(f"{what}: more than {HEIGHT} operators stand before it")
+            try:
+                self._computed[key] = self._evaluate(node, scope)[int(value.index() or 0)]
+            except Exception as error:
+                raise Untraceable(f"{what}: {error}") from error
+        return self._computed[key]
 
     # ------------------------------------------------------------ one method per kind of node
 
     def _move(self, node: ir.Node, scope: Scope, attributes: dict[str, Any]) -> ex.Expression:
         function = ex.MOVES[node.op_type]
         if node.op_type == "Concat":
-            return ex.Move(partial(function, **attributes), tuple(self.trace(v, scope) for v in node.inputs))
+            args = tuple(self.trace(v, scope) for v in node.inputs)
+            stored = [leaf for arg in args for leaf in itertools.islice(ex.leaves(arg), LEAVES + 1)]
+            if len(stored) > LEAVES:
+                raise Untraceable(f"it is put together from more than {LEAVES} pieces")
+            _check_growth(sum(math.prod(leaf.shape) for leaf in stored), stored)
+            return ex.Move(partial(function, **attributes), args)
         sides = [self._side(node, i, scope) for i in range(1, len(node.inputs))]
-        return ex.Move(lambda x: function(x, *sides, **attributes), (self.trace(node.inputs[0], scope),))
+        arg = self.trace(node.inputs[0], scope)
+        if node.op_type in {"Expand", "Tile", "Gather"}:
+            size = constants.moved(node.op_type, ex.layout(arg).shape, sides, int(attributes.get("axis", 0)))
+            _check_growth(size, list(ex.leaves(arg)))
+        return ex.Move(lambda x: function(x, *sides, **attributes), (arg,))
 
     def _entry(self, node: ir.Node, scope: Scope) -> ex.Expression:
         """An entry of a sequence, as torch exports the projections of cross-attention."""
@@ -240,9 +286,9 @@ class Tracer:
         """Sub by a constant zero point, as decomposed dequantisation has it."""
         arg = self.trace(node.inputs[0], scope)
         zero = self.constant(node.inputs[1], scope)
-        if not _as_stored(arg):
+        if not ex.as_stored(arg):
             raise Untraceable("a constant is subtracted after it was scaled")
-        shape = _layout(arg).shape
+        shape = ex.layout(arg).shape
         if np.broadcast_shapes(shape, zero.shape) != shape:
             raise Untraceable(
                 f"it is the difference of {list(shape)} and {list(zero.shape)}, the first not of the operand's shape"
@@ -267,10 +313,10 @@ class Tracer:
                 raise Untraceable("it is quantised with one zero point and dequantised with another")
             return ex.Scale(lambda x: x, self.trace(producer.inputs[0], resolved[1]))
         arg = self.trace(node.inputs[0], scope)
-        if not _as_stored(arg):
+        if not ex.as_stored(arg):
             raise Untraceable("it is dequantised after it was scaled")
         axis, block = int(attributes.get("axis", 1)), int(attributes.get("block_size", 0))
-        shape = _layout(arg).shape
+        shape = ex.layout(arg).shape
         spread_scale = ex.per_axis(scale, shape, axis, block)
         spread_zero = None if zero is None else ex.per_axis(zero, shape, axis, block)
         return ex.Scale(lambda x: ex.dequantize(x, spread_scale, spread_zero), arg, _shift_or_none(spread_zero))
@@ -302,7 +348,7 @@ class Tracer:
     def constant_shape(self, value: ir.Value | None, scope: Scope) -> tuple[int, ...]:
         """Shape of a constant value, without computing it where its expression is known."""
         try:
-            return _layout(self.trace(value, scope)).shape
+            return ex.layout(self.trace(value, scope)).shape
         except Untraceable:
             return self.constant(value, scope).shape
 
@@ -350,8 +396,6 @@ class Tracer:
         return sources
 
     def _evaluate(self, node: ir.Node, scope: Scope) -> list[np.ndarray]:
-        from onnx.reference import ReferenceEvaluator  # slow to import, and rarely needed
-
         proto = ir.to_proto(node)
         for attribute in [a for a in proto.attribute if a.ref_attr_name]:
             proto.attribute.remove(attribute)
@@ -359,13 +403,8 @@ class Tracer:
         for name, attribute in node.attributes.items():
             if attribute.is_ref() and (resolved := scope.attribute(attribute)) is not None:
                 proto.attribute.append(onnx.helper.make_attribute(name, resolved))
-        inputs = [onnx.ValueInfoProto(name=name) for name in given]
-        outputs = [onnx.ValueInfoProto(name=v.name) for v in node.outputs]
-        graph = onnx.helper.make_graph([proto], "constant", inputs, outputs)
         versions = dict((scope.function or self.model.graph).opset_imports) or dict(self.model.graph.opset_imports)
-        opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in versions.items()]
-        evaluator = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opsets))
-        return [np.asarray(output) for output in evaluator.run(None, given)]
+        return constants.compute(proto, given, versions, GROWN)
 
     def _walk(self, graph: ir.Graph | ir.Function, scope: Scope) -> Iterator[tuple[ir.Node, Scope]]:
         for node in graph:
@@ -385,13 +424,6 @@ class Tracer:
         function = self.model.functions.get(node.op_identifier())
         if function is None:
             return None
-        outer: Scope | None = scope
-        while outer is not None:
-            if outer.function is function:
-                raise PruneError(
-                    f"function '{node.domain}.{node.op_type}' calls itself, which ONNX forbids: the model is invalid"
-                )
-            outer = outer.parent
         return self._scopes.setdefault((id(node), scope), Scope(node, function, scope))
 
     def _resolve(self, value: ir.Value | None, scope: Scope) -> tuple[ir.Value, Scope] | None:
@@ -463,20 +495,17 @@ def _stored_size(value: ir.Value) -> int:
     return held.size if isinstance(held, ir.TensorProtocol) else 0
 
 
-def _layout(expression: ex.Expression) -> np.ndarray:
-    """An array of the operand's shape that costs little."""
-    return ex.push(expression, lambda leaf: np.broadcast_to(np.bool_(False), leaf.shape))
+def _check_growth(size: int, stored: list[ex.Leaf]) -> None:
+    """Refuse an operand that is out of all proportion to what is stored.
+
+    Raises:
+        Untraceable: it is.
+    """
+    kept = sum(math.prod(leaf.shape) for leaf in {id(leaf.value): leaf for leaf in stored}.values())
+    if size > GROWN and size > 2 * kept:
+        raise Untraceable(f"its {kept} entries are spread to {size}, too many to follow")
 
 
 def _shift_or_none(zero: np.ndarray | None) -> np.ndarray | None:
     """A zero point; None where it is 0 throughout, and so shifts nothing."""
     return None if zero is None or not np.any(zero) else zero
-
-
-def _as_stored(expression: ex.Expression) -> bool:
-    """Whether values arrive as they are stored, moved and cast at most."""
-    if isinstance(expression, ex.Leaf):
-        return True
-    if isinstance(expression, ex.Move):
-        return all(_as_stored(arg) for arg in expression.args)
-    return expression.keeps and _as_stored(expression.arg)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,12 @@ from onnxprune.graph.wire import OWN
 
 DEPTH = 100
 """Levels of sub-graphs; protobuf reads fewer from a file."""
+
+AXES = 32
+"""Axes of an array in every version of numpy."""
+
+CALLED = 500_000
+"""Nodes that a model may have when its functions are written out wherever they are called."""
 
 
 class External(NamedTuple):
@@ -62,6 +69,10 @@ def check_tensor(tensor: TensorProto, what: str) -> None:
         )
     if any(d < 0 for d in tensor.dims):
         raise PruneError(f"{name} has the negative shape {list(tensor.dims)}: the file is damaged, export it again")
+    if len(tensor.dims) > AXES:
+        raise PruneError(
+            f"{name} has {len(tensor.dims)} axes, and can have {AXES}: the file is damaged, export it again"
+        )
     if tensor.data_location == TensorProto.EXTERNAL:
         if dtype == ir.DataType.STRING:
             raise PruneError(f"{name} keeps strings in another file, which ONNX forbids; export the model again")
@@ -171,44 +182,120 @@ def check_names(proto: onnx.ModelProto, what: str) -> None:
     """Every name is given once, and every name that is read is given: by an input, an initializer or a node.
 
     Raises:
-        PruneError: with the first name for which that fails.
+        PruneError: with the first name for which that fails; nodes wait for each other.
     """
-    stack: list[tuple[onnx.GraphProto | onnx.FunctionProto, tuple[set[str], ...]]]
-    stack = [(graph, ()) for graph in (*proto.functions, proto.graph)]
-    while stack:
-        graph, outer = stack.pop()
-        inputs = {i if isinstance(i, str) else i.name for i in graph.input}
-        known: set[str] = set()
-        if isinstance(graph, onnx.GraphProto):
-            for name in (*(t.name for t in graph.initializer), *(s.values.name for s in graph.sparse_initializer)):
-                if name in known:
-                    raise PruneError(
-                        f"{what} has two initializers named '{name}', and only one is meant; export it again"
-                    )
-                known.add(name)
-        known |= inputs
-        for node in graph.node:
-            for name in filter(None, node.output):
-                if name in known:
-                    raise PruneError(f"{what}: '{name}', an output of {_node(node)}, is given twice; export it again")
-                known.add(name)
-        scopes = (known, *outer)
-        for node in graph.node:
-            for name in filter(None, node.input):
-                if not any(name in scope for scope in scopes):
-                    raise PruneError(
-                        f"{what}: {_node(node)} reads '{name}', which no input, initializer or node gives: "
-                        "the model is incomplete, export it again"
-                    )
-            for attribute in node.attribute:
-                stack.extend((g, scopes) for g in ([attribute.g] if attribute.HasField("g") else attribute.graphs))
-        for value in graph.output:
-            name = value if isinstance(value, str) else value.name
+    for graph in (*proto.functions, proto.graph):
+        _check_graph(graph, (), what)
+
+
+Scopes = tuple[set[str], ...]
+"""The names given in a graph and in those around it."""
+
+
+def _check_graph(graph: onnx.GraphProto | onnx.FunctionProto, outer: Scopes, what: str) -> set[str]:
+    """Check a graph and those within it; returns the names it reads, whoever gives them."""
+    stored: set[str] = set()
+    if isinstance(graph, onnx.GraphProto):
+        for name in (*(t.name for t in graph.initializer), *(s.values.name for s in graph.sparse_initializer)):
+            if name in stored:
+                raise PruneError(f"{what} has two initializers named '{name}', and only one is meant; export it again")
+            stored.add(name)
+    given = stored | {i if isinstance(i, str) else i.name for i in graph.input}
+    known = set(given)
+    for node in graph.node:
+        for name in filter(None, node.output):
+            if name in known:
+                raise PruneError(f"{what}: '{name}', an output of {_node(node)}, is given twice; export it again")
+            known.add(name)
+    scopes = (known, *outer)
+    reads: list[set[str]] = []
+    for node in graph.node:
+        reads.append(set(filter(None, node.input)))
+        for name in filter(None, node.input):
             if not any(name in scope for scope in scopes):
                 raise PruneError(
-                    f"{what}: no input, initializer or node gives the output '{name}' of graph '{graph.name}': "
+                    f"{what}: {_node(node)} reads '{name}', which no input, initializer or node gives: "
                     "the model is incomplete, export it again"
                 )
+        for attribute in node.attribute:
+            for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                reads[-1] |= _check_graph(inner, scopes, what)
+    results = {value if isinstance(value, str) else value.name for value in graph.output}
+    for name in results:
+        if not any(name in scope for scope in scopes):
+            raise PruneError(
+                f"{what}: no input, initializer or node gives the output '{name}' of graph '{graph.name}': "
+                "the model is incomplete, export it again"
+            )
+    _check_order(graph, reads, given, known, what)
+    return results.union(*reads) - known
+
+
+def _check_order(
+    graph: onnx.GraphProto | onnx.FunctionProto, reads: list[set[str]], given: set[str], known: set[str], what: str
+) -> None:
+    """Nodes can be put in an order in which none waits for a later one, be it within a sub-graph of its own."""
+    for node, names in zip(graph.node, reads, strict=True):
+        if not names & known <= given:
+            break
+        given.update(node.output)
+    else:
+        return
+    makers = {name: index for index, node in enumerate(graph.node) for name in node.output if name}
+    waits = {index: {makers[name] for name in names if name in makers} for index, names in enumerate(reads)}
+    try:
+        TopologicalSorter(waits).prepare()
+    except CycleError as error:
+        node = graph.node[error.args[1][0]]
+        raise PruneError(
+            f"{what}: {_node(node)} is part of a cycle, it waits for its own output {list(node.output)}: "
+            "the model is invalid, export it again"
+        ) from None
+
+
+Function = tuple[str, str, str]
+"""Domain, name and overload."""
+
+
+def check_calls(proto: onnx.ModelProto, what: str) -> None:
+    """No function calls itself, and functions do not call each other so often that nothing could hold what results.
+
+    Raises:
+        PruneError: one does, or they do.
+    """
+    functions = {(f.domain, f.name, f.overload): f for f in proto.functions}
+    calls = {key: list(_operators(function, functions)) for key, function in functions.items()}
+    try:
+        order = list(TopologicalSorter(calls).static_order())
+    except CycleError as error:
+        domain, name, _ = error.args[1][0]
+        raise PruneError(
+            f"{what}: function '{domain}.{name}' calls itself, which ONNX forbids: the model is invalid"
+        ) from None
+    sizes: dict[Function, int] = {}
+    for key in order:
+        sizes[key] = _count(functions[key]) + sum(sizes[called] for called in calls[key])
+    count = sum(sizes[called] for called in _operators(proto.graph, functions))
+    if count > CALLED:
+        raise PruneError(
+            f"{what}: its functions call each other so often that they stand for {count} nodes, and at most {CALLED} "
+            "can be handled; export it without functions"
+        )
+
+
+def _operators(graph: onnx.GraphProto | onnx.FunctionProto, functions: Container[Function]) -> Iterator[Function]:
+    """The functions that are called in a graph and those within it, as often as they are."""
+    for node in graph.node:
+        if (key := (node.domain, node.op_type, node.overload)) in functions:
+            yield key
+        for attribute in node.attribute:
+            for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                yield from _operators(inner, functions)
+
+
+def _count(graph: onnx.GraphProto | onnx.FunctionProto) -> int:
+    inner = (g for n in graph.node for a in n.attribute for g in ([a.g] if a.HasField("g") else a.graphs))
+    return len(graph.node) + sum(map(_count, inner))
 
 
 def _node(node: onnx.NodeProto) -> str:

@@ -39,6 +39,19 @@ INSIDE: dict[str, dict[int, str]] = {
 ONCE = {(MODEL, 7), (ATTRIBUTE, 5), (ATTRIBUTE, 6), (TENSOR, 9)}
 """Fields that are no lists."""
 
+DATA = {(ATTRIBUTE, 4), (ATTRIBUTE, 7), (ATTRIBUTE, 8), (ATTRIBUTE, 9), (ATTRIBUTE, 22), (GRAPH, 15)}
+DATA |= {(TENSOR, number) for number in (4, 5, 6, 7, 10, 11)}
+"""Fields that hold values, in addition to those that lead to tensors; all others describe."""
+
+TEXT = 1 << 27
+"""Bytes of description that a model may have."""
+
+PARTS = 250_000
+"""Nodes, tensors and other parts that a model may have: each takes two bytes in a file, and hundreds in memory."""
+
+LISTED = 1000
+"""Numbers in a list after which nothing but numbers is expected in it."""
+
 METADATA, RAW_DATA, EXTERNAL_DATA, DATA_LOCATION = 14, 9, 13, 14
 
 Path = tuple[tuple[int, int], ...]
@@ -52,6 +65,10 @@ T = TypeVar("T")
 
 class Irregular(ValueError):  # noqa: N818  (a finding, not an error)
     """No row of fields, or one that no writer of models makes, whatever protobuf makes of it."""
+
+
+class Oversized(ValueError):  # noqa: N818
+    """More than a model can have; the text says what."""
 
 
 class Span(NamedTuple):
@@ -69,6 +86,39 @@ class _Field(NamedTuple):
     key: int
     start: int
     end: int
+
+
+def measure(read: Read, size: int) -> None:
+    """See that a model file holds no more parts and no more text than any model needs, before anything is made of it.
+
+    Parts are counted where they are many: in messages of `LEAST` bytes and more.
+
+    Raises:
+        Oversized: it does.
+        Irregular: it is no row of fields.
+    """
+    walk = _Walk(read, size)
+    parts = text = 0
+    stack = [(0, size, MODEL)]
+    while stack:
+        start, end, message = stack.pop()
+        inside, listed = INSIDE.get(message, {}), 0
+        for field in walk.fields(start, end):
+            if (message, field.number) in DATA:
+                listed += 1
+                if listed > LISTED:
+                    break
+                continue
+            parts += 1
+            if parts > PARTS:
+                raise Oversized(f"has more than {PARTS} nodes, tensors and other parts")
+            if field.number not in inside or field.kind != BYTES:
+                if field.kind == BYTES and (message, field.number) != (TENSOR, RAW_DATA):
+                    text += field.end - field.start
+                if text > TEXT:
+                    raise Oversized(f"has more than {TEXT >> 20} MB of text beside its tensors")
+            elif field.end - field.start >= LEAST:
+                stack.append((field.start, field.end, inside[field.number]))
 
 
 def skeleton(read: Read, size: int) -> tuple[bytes, int]:

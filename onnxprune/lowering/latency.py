@@ -14,7 +14,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from onnxprune.errors import PruneError
-from onnxprune.graph import files
+from onnxprune.graph import saving
 from onnxprune.lowering.forms import Piece, candidates
 from onnxprune.lowering.layers import CONVOLUTIONS, Layer
 from onnxprune.runtime.turns import in_turns, machine
@@ -93,10 +93,8 @@ class Latencies:
         content = {"format": FORMAT, "threads": self.threads, "machine": machine(), "milliseconds": self.table}
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            with files.staging(self.file) as folder:
-                staged = folder / self.file.name
+            with saving.replacing(self.file) as staged:
                 staged.write_text(json.dumps(content, indent=1, sort_keys=True), encoding="utf-8")
-                files.put(staged, self.file)
         except (OSError, PruneError):
             if self.file != _cache(self.threads):
                 raise

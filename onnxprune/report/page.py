@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxprune.errors import PruneError
-from onnxprune.graph import files
+from onnxprune.graph import saving
 from onnxprune.report import figures
 from onnxprune.tables import escaped, percent, size
 
@@ -44,11 +44,8 @@ def write(document: Mapping[str, Any], target: Path) -> Path:
         PruneError: plotly is missing, or the file cannot be written.
     """
     check()
-    target = files.resolve(target)
-    with files.staging(target) as folder, files.writing(target):
-        draft = folder / target.name
+    with saving.replacing(target) as draft:
         draft.write_text(page(document), encoding="utf-8")
-        files.put(draft, target)
     return target
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import os
 import re
 import sys
@@ -26,6 +27,10 @@ DataSource = Union[str, "os.PathLike[str]", Mapping[str, Any], Iterable[Any], "D
 LABELS = "labels"
 BATCH = 64
 """Samples run at once where the model leaves its batch dim open."""
+
+
+LARGEST = 1 << 30
+"""Bytes of the largest input that is made for a model."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +192,20 @@ def _split_labels(arrays: Feed, inputs: tuple[ModelInput, ...]) -> tuple[Feed, A
     return arrays, None
 
 
+def check_size(value: ModelInput, shape: Sequence[int]) -> None:
+    """An input of a shape is not larger than what a file may ask for with a few bytes.
+
+    Raises:
+        PruneError: it is.
+    """
+    size = math.prod(shape) * value.dtype.itemsize
+    if size > LARGEST:
+        raise PruneError(
+            f"input {value} takes {size / 2**30:.3g} GB in the shape {'x'.join(map(str, shape))}, and at most "
+            f"{LARGEST >> 30} GB is given to one; export the model for smaller inputs"
+        )
+
+
 def has_samples(value: ModelInput, array: Array) -> bool:
     """Whether an input's first axis counts samples."""
     return value.required and array.ndim > 0
@@ -216,6 +235,9 @@ def _from_arrays(arrays: Feed, inputs: tuple[ModelInput, ...], what: str) -> Dat
         raise PruneError(f"the model's inputs have no common batch size ({_listed(inputs)}); {hint}")
     fixed = sizes.pop() if sizes else None
     step = fixed or BATCH
+    for value in inputs:
+        if value.name in sampled:
+            check_size(value, (step, *sampled[value.name].shape[1:]))
     parts = []
     for start in range(0, total, step):
         part = {name: array[start : start + step] if name in sampled else array for name, array in feed.items()}
@@ -379,6 +401,8 @@ def random_feeds(
     inputs = tuple(inputs) if inputs is not None else open_session(model).inputs
     required = [value for value in inputs if value.required]
     sizes, notes = resolve_shapes(required, dict(shapes or {}))
+    for value in required:
+        check_size(value, sizes[value.name])
     rng = np.random.default_rng(seed)
     seeking = any(value.dtype.kind in "iu" for value in required)
     rows = _embedding_rows(model) if seeking else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxprune.errors import PruneError
-from onnxprune.graph.model import PROTOBUF_LIMIT, ModelSource, load
+from onnxprune.graph.model import PROTOBUF_LIMIT, ModelSource, examine, load
 
 # onnxruntime spells types its own way; bfloat16, float8, complex and 4-bit tensors have no way in from Python.
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -92,7 +93,6 @@ def open_session(
     if threads is not None and threads < 1:
         raise PruneError(f"threads is {threads}; it must be 1 or more")
     threads = threads or available_cpus()
-    is_path = isinstance(model, (str, os.PathLike))
     label = label or (f"'{os.fspath(model)}'" if isinstance(model, (str, os.PathLike)) else "the model")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -103,13 +103,13 @@ def open_session(
     def create(source: str | bytes) -> Any:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
+    if isinstance(model, (str, os.PathLike)):
+        examine(Path(model))  # onnxruntime's messages are worse, and it follows whatever the file says
     try:
         native = create(os.fspath(model)) if isinstance(model, (str, os.PathLike)) else _from_memory(model, create)
     except PruneError:
         raise
     except Exception as error:
-        if is_path:
-            load(model)  # its message is better when the file itself is at fault
         raise PruneError(f"onnxruntime {ort.__version__} cannot load {label}: {_reason(error)}") from error
     defaults = [value for value in native.get_overridable_initializers() if value.type in _DTYPES]
     inputs = (

@@ -24,6 +24,9 @@ from onnxprune.structure.reading import changed
 from onnxprune.structure.rules import SHAPES
 from onnxprune.structure.site import Site
 
+LONG = 1 << 25
+"""Positions of the longest axis that labels are given to."""
+
 TRIALS = 50
 """Nodes that may turn out to be impossible to cut before a model is given up."""
 
@@ -152,6 +155,12 @@ def couple(
     second = None
     if facts.guessed or (others is not None and dict(others) != dict(sizes)):
         second = known.gather(bare, sizes if others is None else others, SHAPES, more=1)
+    for name, shape in facts.shapes.items():
+        if any(size > LONG for size in shape):
+            raise PruneError(
+                f"'{name}' has the shape {list(shape)}: positions are followed along axes of up to {LONG}, so no "
+                "channels can be found; prune single entries, or export the model with smaller inputs"
+            )
     opsets = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in bare.opset_import}
     flow = walk(bare.graph, facts, second, opsets, inexact)
     weights, skipped = find(ready)

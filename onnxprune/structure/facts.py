@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, defs, helper, numpy_helper
 
+from onnxprune.graph import constants
 from onnxprune.graph.shapes import SMALL
 from onnxprune.graph.trace import NONDETERMINISTIC
 
@@ -277,22 +278,11 @@ def apart(node: onnx.NodeProto, shapes: Sequence[Shape | None]) -> str:
 
 def compute(node: onnx.NodeProto, given: Mapping[str, np.ndarray], version: int) -> list[np.ndarray] | None:
     """The results of one node of ai.onnx on small arrays; None where they are not small, or cannot be computed."""
-    from onnx.reference import ReferenceEvaluator
-
     try:
-        graph = helper.make_graph(
-            [node],
-            "settled",
-            [onnx.ValueInfoProto(name=name) for name in given],
-            [onnx.ValueInfoProto(name=name) for name in node.output if name],
-        )
-        made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", version)])
-        values = ReferenceEvaluator(made).run(None, dict(given))
+        values = constants.compute(node, given, {"": version}, SMALL)
     except Exception:  # an operator it lacks, or a graph no runtime accepts
         return None
-    if any(not isinstance(v, (np.ndarray, np.generic)) or np.asarray(v).size > SMALL for v in values):
-        return None
-    return [np.asarray(value) for value in values]
+    return values if all(value.size <= SMALL for value in values) else None
 
 
 def describe(node: onnx.NodeProto) -> str:

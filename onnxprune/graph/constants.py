@@ -1,0 +1,74 @@
+"""What a node makes of inputs that are known, and how large that is.
+
+The size is told before anything is made: a few bytes in a file can ask for all the memory there is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import defs, helper, numpy_helper
+
+Array = np.ndarray[Any, Any]
+
+SIZED = {
+    "BlackmanWindow", "CenterCropPad", "ConstantOfShape", "DFT", "Expand", "HammingWindow", "HannWindow",
+    "MelWeightMatrix", "OneHot", "Pad", "Range", "Resize", "STFT", "Tile", "Upsample",
+}  # fmt: skip
+"""Operators whose results are as large as the values of their inputs say, not as these inputs are."""
+
+
+def compute(node: onnx.NodeProto, given: Mapping[str, Array], versions: Mapping[str, int], limit: int) -> list[Array]:
+    """The results of a node by ONNX's reference implementation.
+
+    Args:
+        node: the node; without sub-graphs.
+        given: its inputs by name.
+        versions: domain -> version.
+        limit: elements that no result may exceed.
+
+    Raises:
+        Exception: a result is too large, or the reference implementation fails.
+    """
+    from onnx.reference import ReferenceEvaluator  # slow to import, and rarely needed
+
+    if node.domain in ("", "ai.onnx") and node.op_type in SIZED and _largest(node, given, versions.get("", 1)) > limit:
+        raise ValueError(f"{node.op_type} would make more than {limit} elements of it")
+    inputs = [onnx.ValueInfoProto(name=name) for name in given]
+    outputs = [onnx.ValueInfoProto(name=name) for name in node.output if name]
+    graph = helper.make_graph([node], "constant", inputs, outputs)
+    opsets = [helper.make_opsetid(domain, version) for domain, version in versions.items()]
+    values = ReferenceEvaluator(helper.make_model(graph, opset_imports=opsets)).run(None, dict(given))
+    if any(not isinstance(value, (np.ndarray, np.generic)) for value in values):
+        raise TypeError(f"{node.op_type} gives no tensor")
+    return [np.asarray(value) for value in values]
+
+
+def _largest(node: onnx.NodeProto, given: Mapping[str, Array], version: int) -> int:
+    types = {
+        name: helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+        for name, array in given.items()
+    }
+    data = {name: numpy_helper.from_array(np.asarray(array, order="C"), name) for name, array in given.items()}
+    found = onnx.shape_inference.infer_node_outputs(
+        defs.get_schema(node.op_type, version, ""), node, types, data,
+        opset_imports=[helper.make_opsetid("", version)], ir_version=10,
+    )  # fmt: skip
+    return max((math.prod(d.dim_value for d in kind.tensor_type.shape.dim) for kind in found.values()), default=0)
+
+
+def moved(operator: str, shape: Sequence[int], sides: Sequence[Array | None], axis: int) -> int:
+    """Elements of what Expand, Tile or Gather make of a tensor of a shape."""
+    side = sides[0] if sides else None
+    size = math.prod(shape)
+    if side is None:
+        return size
+    if operator == "Expand":
+        return math.prod(np.broadcast_shapes(tuple(shape), tuple(int(d) for d in side)))
+    if operator == "Tile":
+        return size * math.prod(int(r) for r in side)
+    return size // max(shape[axis], 1) * side.size
