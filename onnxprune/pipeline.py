@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from onnxprune.runtime.feeds import Dataset
     from onnxprune.runtime.session import Session
     from onnxprune.structure.plan import Plan
+    from onnxprune.structure.shrink import Lines
 
 
 def run(
@@ -91,12 +92,14 @@ def run(
         rows = {name: _row(decision) for name, decision in decided.items()}
         masks = _masks(decided)
     else:
-        kept, misfits = decide(config, weights, clock, held, factors, norms, shares)
-        along, pinned = plan.decide(config, clock, held, align, norms, shares)
-        kept |= {name: kept[name] & mask if name in kept else mask for name, mask in along.items()}
+        kept: dict[str, np.ndarray | Lines]
+        single, misfits = decide(config, weights, clock, held, factors, norms, shares)
+        along, pinned = plan.choose(config, clock, held, align, norms, shares)
+        kept = {name: mask & along[name].mask() if name in along else mask for name, mask in single.items()}
+        kept |= {name: stays for name, stays in along.items() if name not in kept}
         misfits += pinned
         rows = {w.name: row(w, kept[w.name]) for w in weights if w.name in kept}
-        masks = Masks(kept)
+        masks = _channel_masks(kept)
     misfits += [] if calibrated is None else calibrated.unread(config, weights)
     told = {*masks, *(s.name for s in misfits)}
     others = [Skipped(w.name, w.op_type, "the configuration leaves it out") for w in weights if w.name not in told]
@@ -237,6 +240,12 @@ class _Trial:
 
 PACKED = 1 << 24
 """Up to so many entries, masks are kept in memory, whatever becomes of the model's file."""
+
+
+def _channel_masks(kept: Mapping[str, np.ndarray | Lines]) -> Masks:
+    """The masks of a model that loses channels: what the positions of axes say is worked out when it is looked at."""
+    whole = Masks({name: stays for name, stays in kept.items() if isinstance(stays, np.ndarray)})
+    return whole | Masks.made({n: (s.mask, s.shape) for n, s in kept.items() if not isinstance(s, np.ndarray)})
 
 
 def _masks(decided: Mapping[str, Decision]) -> Masks:

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, runtime_checkable
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from onnxprune import progress
-from onnxprune.graph.stored import CHUNK, Extent, File, Memory
+from onnxprune.graph.stored import CHUNK, Change, Extent, File, Source
 
 SPAN = 1 << 24
 """Bytes given to a thread at a time."""
@@ -25,14 +25,6 @@ SPAN = 1 << 24
 MAX_THREADS = 8
 
 Array = np.ndarray[Any, Any]
-
-
-@runtime_checkable
-class Change(Protocol):
-    """A change of the values of a tensor that can be made part by part."""
-
-    def part(self, values: Array, start: int) -> None:
-        """Change, in place, the values of a flat part of the tensor as stored that begins at an element."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +61,7 @@ class Replacement:
     piece: Piece
 
 
-def replaced(file: File | Memory, replacements: Iterable[Replacement], end: Sequence[Piece] = ()) -> list[Piece]:
+def replaced(file: Source, replacements: Iterable[Replacement], end: Sequence[Piece] = ()) -> list[Piece]:
     """A file with parts replaced, and something more at its end; parts must not overlap."""
     pieces: list[Piece] = []
     at = 0
@@ -147,7 +139,7 @@ UNABLE = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF
 
 def _copied(file: BinaryIO, extent: Extent, start: int, stop: int) -> bool:
     """Let the kernel copy, if it can: some file systems then share the bytes."""
-    if not hasattr(os, "copy_file_range") or isinstance(extent.file, Memory):
+    if not hasattr(os, "copy_file_range") or not isinstance(extent.file, File):
         return False
     target = file.tell()
     with extent.file.open() as source:
