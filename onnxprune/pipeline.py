@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnxprune import config as configuration
+from onnxprune import progress
 from onnxprune.algorithms.cuts import Zeroing
 from onnxprune.algorithms.pruner import Clock, Decision, decide, decisions, target
 from onnxprune.errors import PruneError
@@ -98,7 +99,7 @@ def run(
         kept = {name: mask & along[name].mask() if name in along else mask for name, mask in single.items()}
         kept |= {name: stays for name, stays in along.items() if name not in kept}
         misfits += pinned
-        rows = {w.name: row(w, kept[w.name]) for w in weights if w.name in kept}
+        rows = _rows([weight for weight in weights if weight.name in kept], kept)
         masks = _channel_masks(kept)
     misfits += [] if calibrated is None else calibrated.unread(config, weights)
     told = {*masks, *(s.name for s in misfits)}
@@ -238,8 +239,18 @@ class _Trial:
         return measure(self.source, self.dataset, config, self.dense, levels=levels, **given)
 
 
-PACKED = 1 << 24
+PACKED = 1 << 22
 """Up to so many entries, masks are kept in memory, whatever becomes of the model's file."""
+
+
+def _rows(weights: Sequence[Weight], kept: Mapping[str, np.ndarray | Lines]) -> dict[str, Row]:
+    rows = {}
+    sizes = [math.prod(weight.shape) * weight.dtype.itemsize for weight in weights]
+    with progress.task("counting zeros", sum(sizes)) as advance:
+        for weight, size in zip(weights, sizes, strict=True):
+            rows[weight.name] = row(weight, kept[weight.name])
+            advance(size)
+    return rows
 
 
 def _channel_masks(kept: Mapping[str, np.ndarray | Lines]) -> Masks:

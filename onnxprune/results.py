@@ -101,7 +101,7 @@ class Result:
     """A pruned model.
 
     Attributes:
-        masks: weight name -> boolean array of the stored shape, True is kept. Those of a model of more than 16 million
+        masks: weight name -> boolean array of the stored shape, True is kept. Those of a model of more than 4 million
             entries are worked out from its file when they are looked at, as long as that is what it was; `packed()`
             puts them into memory.
         report: one row per weight, and the ones skipped, with reasons.

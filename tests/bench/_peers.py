@@ -1,6 +1,7 @@
-"""One measurement of another tool, in whatever interpreter has it: `python _peers.py NAME SIDE`; prints seconds.
+"""One measurement of another tool, in whatever interpreter has it.
 
-Each prunes one SIDE x SIDE float32 matrix to 80 % by magnitude, as its users would; a smaller one goes first.
+`python _peers.py nni|tfmot SIDE` prunes one SIDE x SIDE float32 matrix to 80 % by magnitude, as its users would, a
+smaller one first, and prints seconds. `python _peers.py onnxsim SOURCE TARGET` prunes a file.
 """
 
 from __future__ import annotations
@@ -39,7 +40,17 @@ def tfmot(side: int) -> Callable[[], object]:
     return run
 
 
+def onnxsim(source: str, target: str) -> None:
+    import onnx
+    from onnxsim import apply_magnitude_pruning
+
+    onnx.save(apply_magnitude_pruning(source, sparsity=SPARSITY), target)
+
+
 def main() -> None:
+    if sys.argv[1] == "onnxsim":
+        onnxsim(*sys.argv[2:4])
+        return
     make = {"nni": nni, "tfmot": tfmot}[sys.argv[1]]
     make(256)()
     run = make(int(sys.argv[2]))
