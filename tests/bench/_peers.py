@@ -29,13 +29,11 @@ def tfmot(side: int) -> Callable[[], object]:
     weight = tf.Variable(tf.random.normal((side, side)))
     mask, threshold = tf.Variable(tf.ones((side, side))), tf.Variable(0.0)
     schedule = pruning_schedule.ConstantSparsity(SPARSITY, 0)
-    pruning = pruning_impl.Pruning(lambda: 0, lambda: [(weight, mask, threshold)], schedule)
+    pruning = pruning_impl.Pruning(lambda: 0, [(weight, mask, threshold)], schedule, (1, 1), "AVG")
 
     def run() -> None:
-        new, mask_ = pruning._maybe_update_block_mask(weight)[1], None
-        mask.assign(new)
-        weight.assign(weight * mask)
-        del mask_
+        pruning.conditional_mask_update()
+        pruning.weight_mask_op()
 
     return run
 
