@@ -22,7 +22,7 @@ from onnxprune.config import SPARSEGPT, Config
 from onnxprune.errors import PruneError
 from onnxprune.graph import expression as ex
 from onnxprune.graph.companions import bias, only_reader, readers, stored
-from onnxprune.graph.model import Model, open_proto
+from onnxprune.graph.model import Model
 from onnxprune.graph.weights import FLOATS, Skipped, Weight, find
 from onnxprune.runtime.calibrate import Calibration, Layer, calibration, find_layers, moments, norms
 from onnxprune.runtime.feeds import Dataset
@@ -99,8 +99,8 @@ class Calibrated:
         """A copy of the model, which has not been edited yet: what reconstruction is held against."""
         proto = onnx.ModelProto()
         proto.CopyFrom(self.model.proto)
-        copy = open_proto(proto, self.model.folder, self.model.path)
-        copy.data, copy.origin = dict(self.model.data), self.model.origin
+        copy = self.model.made(proto)
+        copy.origin = self.model.origin
         return copy
 
     def apply(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnxprune import config as configuration
+from onnxprune import progress
 from onnxprune.algorithms.cuts import Zeroing
 from onnxprune.algorithms.pruner import Clock, Decision, decide, decisions, target
 from onnxprune.errors import PruneError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from onnxprune.runtime.feeds import Dataset
     from onnxprune.runtime.session import Session
     from onnxprune.structure.plan import Plan
+    from onnxprune.structure.shrink import Lines
 
 
 def run(
@@ -91,12 +93,14 @@ def run(
         rows = {name: _row(decision) for name, decision in decided.items()}
         masks = _masks(decided)
     else:
-        kept, misfits = decide(config, weights, clock, held, factors, norms, shares)
-        along, pinned = plan.decide(config, clock, held, align, norms, shares)
-        kept |= {name: kept[name] & mask if name in kept else mask for name, mask in along.items()}
+        kept: dict[str, np.ndarray | Lines]
+        single, misfits = decide(config, weights, clock, held, factors, norms, shares)
+        along, pinned = plan.choose(config, clock, held, align, norms, shares)
+        kept = {name: mask & along[name].mask() if name in along else mask for name, mask in single.items()}
+        kept |= {name: stays for name, stays in along.items() if name not in kept}
         misfits += pinned
-        rows = {w.name: row(w, kept[w.name]) for w in weights if w.name in kept}
-        masks = Masks(kept)
+        rows = _rows([weight for weight in weights if weight.name in kept], kept)
+        masks = _channel_masks(kept)
     misfits += [] if calibrated is None else calibrated.unread(config, weights)
     told = {*masks, *(s.name for s in misfits)}
     others = [Skipped(w.name, w.op_type, "the configuration leaves it out") for w in weights if w.name not in told]
@@ -235,8 +239,24 @@ class _Trial:
         return measure(self.source, self.dataset, config, self.dense, levels=levels, **given)
 
 
-PACKED = 1 << 24
+PACKED = 1 << 22
 """Up to so many entries, masks are kept in memory, whatever becomes of the model's file."""
+
+
+def _rows(weights: Sequence[Weight], kept: Mapping[str, np.ndarray | Lines]) -> dict[str, Row]:
+    rows = {}
+    sizes = [math.prod(weight.shape) * weight.dtype.itemsize for weight in weights]
+    with progress.task("counting zeros", sum(sizes)) as advance:
+        for weight, size in zip(weights, sizes, strict=True):
+            rows[weight.name] = row(weight, kept[weight.name])
+            advance(size)
+    return rows
+
+
+def _channel_masks(kept: Mapping[str, np.ndarray | Lines]) -> Masks:
+    """The masks of a model that loses channels: what the positions of axes say is worked out when it is looked at."""
+    whole = Masks({name: stays for name, stays in kept.items() if isinstance(stays, np.ndarray)})
+    return whole | Masks.made({n: (s.mask, s.shape) for n, s in kept.items() if not isinstance(s, np.ndarray)})
 
 
 def _masks(decided: Mapping[str, Decision]) -> Masks:

@@ -15,6 +15,7 @@ from onnxprune import config as configuration
 from onnxprune._version import __version__
 from onnxprune.algorithms.pruner import Clock
 from onnxprune.errors import PruneError
+from onnxprune.graph import values
 from onnxprune.graph.files import writing
 from onnxprune.graph.masks import Masks
 from onnxprune.graph.model import Model
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from onnxprune.lowering.lower import Lowering
     from onnxprune.runtime.evaluate import Evaluation
     from onnxprune.structure.channels import GroupRow
+    from onnxprune.structure.shrink import Lines
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Result:
     """A pruned model.
 
     Attributes:
-        masks: weight name -> boolean array of the stored shape, True is kept. Those of a model of more than 16 million
+        masks: weight name -> boolean array of the stored shape, True is kept. Those of a model of more than 4 million
             entries are worked out from its file when they are looked at, as long as that is what it was; `packed()`
             puts them into memory.
         report: one row per weight, and the ones skipped, with reasons.
@@ -138,8 +140,14 @@ class Result:
         return self.model.to_proto()
 
 
-def row(weight: Weight, keep: np.ndarray) -> Row:
+def row(weight: Weight, keep: np.ndarray | Lines) -> Row:
     """One weight of a report: zeros before its mask, and after."""
+    if not isinstance(keep, np.ndarray):
+        found = values.of(weight)
+        if not found.in_file:
+            return row(weight, keep.mask())
+        counts = values.zeros(found), values.zeros(found, stays=keep.flat)
+        return Row(weight.name, weight.op_type, weight.shape, weight.size, *counts)
     zero = weight.values() == 0
     before = int(np.count_nonzero(zero))
     zero |= ~weight.role(keep)

@@ -35,7 +35,7 @@ PUBLIC = {
     "prune",
     "sensitivity",
 }
-HEAVY = ("torch", "tensorflow", "keras", "tf2onnx", "onnxruntime", "scipy", "sklearn")
+HEAVY = ("torch", "tensorflow", "keras", "tf2onnx", "onnxruntime", "scipy", "sklearn", "sympy")
 PACKAGE = Path(onnxprune.__file__).parent
 FLOORS = {
     "errors": 0,

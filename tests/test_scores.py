@@ -6,7 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from onnxprune.algorithms.scores import deviation, magnitude, relative
+from onnxprune.algorithms import scores
+from onnxprune.algorithms.scores import CHANNEL_SCORES, deviation, magnitude, relative
 
 
 def test_magnitude_is_the_weight_itself():
@@ -44,3 +45,17 @@ def test_relative_is_the_quality_at_which_an_entry_falls(dtype):
 
 def test_relative_of_a_constant_weight_has_no_division_by_zero():
     assert np.array_equal(relative(1.0)(np.full((2, 2), -3.0, np.float32)), np.full((2, 2), 3.0))
+
+
+@pytest.mark.parametrize("score", ["l1", "l2"])
+@pytest.mark.parametrize("shape", [(0, 3), (5, 7), (40, 300), (300, 40)])
+def test_channel_scores_do_not_depend_on_the_blocks_they_are_summed_in(score, shape, monkeypatch):
+    rows = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    whole = CHANNEL_SCORES[score](rows)
+    assert whole.shape == shape[:1]
+    mean = np.abs(rows).mean(1) if score == "l1" else np.sqrt(np.square(rows).mean(1))
+    assert np.allclose(whole, mean, rtol=1e-5)
+    for block in (1, 100, 1000):
+        monkeypatch.setattr(scores, "BLOCK", block)
+        assert np.array_equal(CHANNEL_SCORES[score](rows), whole)
+        assert np.array_equal(CHANNEL_SCORES[score](np.asfortranarray(rows)), whole)

@@ -37,7 +37,10 @@ from onnxprune.graph.values import Values
 from onnxprune.graph.weights import Weight
 
 BLOCKS, BLOCK = 1 << 10, 64
-"""The first bracket is guessed from so many runs of so many values: a run costs a reading of the file."""
+"""The first bracket is guessed from so many runs of so many values, at most: a run costs a reading of the file."""
+
+LEAST = 1 << 7
+"""Runs of values that the first bracket is guessed from, at least."""
 
 WHOLE = 1 << 16
 """Up to so many values are gathered without a guess."""
@@ -145,13 +148,15 @@ def _cuts(values: Sequence[Values], count: int, threads: int | None, advance: pr
 
 
 def each(values: Sequence[Values], counts: Sequence[int]) -> list[Cut]:
-    """`cuts` of each weight on its own: small weights beside each other, a large one in parallel itself."""
-    small = [v.size < THREADED for v in values]
+    """`cuts` of each weight on its own: weights beside each other, one that is much of the whole in parallel itself."""
+    workers = min(os.cpu_count() or 1, MAX_THREADS)
+    share = max(THREADED, sum(v.size for v in values) // (4 * workers))
+    small = [v.size <= share for v in values]
     work = list(zip(values, counts, small, strict=True))
     total = sum(v.size * v.dtype.itemsize for v in values)
     with (
         progress.task("looking for the smallest weights", total) as advance,
-        ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS)) as pool,
+        ThreadPoolExecutor(workers) as pool,
     ):
         running = [pool.submit(_cuts, [v], count, 1, advance) if s else None for v, count, s in work]
         found = []
@@ -279,9 +284,12 @@ class _Search:
         """Some keys, drawn in runs evenly from all weights, and how much less they tell than as many drawn singly."""
         if self.total <= WHOLE:
             return np.empty(0, self.key), 1.0
+        # What falls into a bracket of six standard deviations shall fill half of the room, if so many runs can do that.
+        room = self.room // (self.key.itemsize + 4)
+        blocks = min(max((6 * self.total // room) ** 2 // BLOCK, LEAST), BLOCKS)
         random = np.random.default_rng(0)
-        starts = np.arange(BLOCKS) * self.total // BLOCKS
-        starts += random.integers(0, max(self.total // BLOCKS - BLOCK, 1), BLOCKS)
+        starts = np.arange(blocks) * self.total // blocks
+        starts += random.integers(0, max(self.total // blocks - BLOCK, 1), blocks)
         index = np.searchsorted(self.firsts, starts, "right") - 1
         parts = [
             _keys(self.values[which].runs((starts[index == which] - self.firsts[which]).tolist(), BLOCK), self.dtype)

@@ -58,14 +58,14 @@ ChannelScore = Callable[[np.ndarray], np.ndarray]
 
 def l1(rows: np.ndarray) -> np.ndarray:
     """Mean |w| of a filter (Li et al. 2017, "Pruning filters for efficient ConvNets", section 3.1)."""
-    whole, unit = in_units(np.abs(rows), 52 - rows.shape[1].bit_length())
-    return _mean(whole.sum(1), rows) * unit
+    sums, unit = _sums(rows, 52 - rows.shape[1].bit_length(), np.abs)
+    return _mean(sums, rows) * unit
 
 
 def l2(rows: np.ndarray) -> np.ndarray:
     """Root mean square of a filter (He et al. 2018, "Soft filter pruning", section 3)."""
-    whole, unit = in_units(rows, (52 - rows.shape[1].bit_length()) // 2)
-    root: np.ndarray = np.sqrt(_mean((whole * whole).sum(1), rows)) * unit
+    sums, unit = _sums(rows, (52 - rows.shape[1].bit_length()) // 2, np.square)
+    root: np.ndarray = np.sqrt(_mean(sums, rows)) * unit
     return root
 
 
@@ -78,14 +78,31 @@ def fpgm(rows: np.ndarray) -> np.ndarray:
     return _mean(steps.sum(1), distances) * (step * unit)
 
 
-def in_units(values: np.ndarray, bits: int) -> tuple[np.ndarray, float]:
-    """Values as whole multiples of a unit, of at most so many bits: their sums do not depend on the order."""
+def in_units(values: np.ndarray, bits: int, top: float | None = None) -> tuple[np.ndarray, float]:
+    """Values as whole multiples of a unit, of at most so many bits: their sums do not depend on the order.
+
+    The unit is made for the largest magnitude, `top`, of these values or of all those that they are a part of.
+    """
     wide = values.astype(np.float64)
-    top = float(np.max(np.abs(wide), initial=0.0))
+    top = float(np.max(np.abs(wide), initial=0.0)) if top is None else top
     if top == 0:
         return wide, 1.0
     shift = max(bits, 1) - math.frexp(top)[1]
     return np.rint(np.ldexp(wide, shift)), math.ldexp(1.0, -shift)
+
+
+BLOCK = 1 << 20
+"""Entries of a weight that are worked on at a time."""
+
+
+def _sums(rows: np.ndarray, bits: int, of: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, float]:
+    """The sum over each row of a function of its entries in units, and the unit."""
+    step = max(1, BLOCK // max(rows.shape[1], 1))
+    blocks = [rows[start : start + step] for start in range(0, rows.shape[0], step)]
+    top = max((float(np.max(np.abs(block.astype(np.float64)), initial=0.0)) for block in blocks), default=0.0)
+    unit = in_units(np.empty(0), bits, top)[1]
+    sums = [of(in_units(block, bits, top)[0]).sum(1) for block in blocks]
+    return np.concatenate([np.empty(0), *sums]), unit
 
 
 def _mean(sums: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -6,18 +6,19 @@ several threads side by side. So a file costs little more than its copy, and mem
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, runtime_checkable
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from onnxprune import progress
-from onnxprune.graph.stored import CHUNK, Extent, File, Memory
+from onnxprune.graph.stored import CHUNK, Change, Extent, File, Source
 
 SPAN = 1 << 24
 """Bytes given to a thread at a time."""
@@ -25,14 +26,6 @@ SPAN = 1 << 24
 MAX_THREADS = 8
 
 Array = np.ndarray[Any, Any]
-
-
-@runtime_checkable
-class Change(Protocol):
-    """A change of the values of a tensor that can be made part by part."""
-
-    def part(self, values: Array, start: int) -> None:
-        """Change, in place, the values of a flat part of the tensor as stored that begins at an element."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +62,7 @@ class Replacement:
     piece: Piece
 
 
-def replaced(file: File | Memory, replacements: Iterable[Replacement], end: Sequence[Piece] = ()) -> list[Piece]:
+def replaced(file: Source, replacements: Iterable[Replacement], end: Sequence[Piece] = ()) -> list[Piece]:
     """A file with parts replaced, and something more at its end; parts must not overlap."""
     pieces: list[Piece] = []
     at = 0
@@ -105,6 +98,7 @@ def write(path: Path, pieces: Sequence[Piece]) -> None:
             with open(path, "r+b", buffering=0) as file:
                 file.seek(job[0])
                 _put(file, *job[1:])
+                _begin(file, job[0], job[3] - job[2])
             advance(job[3] - job[2])
 
         with open(path, "wb") as file:
@@ -141,13 +135,20 @@ def _put(file: BinaryIO, piece: Piece, start: int, stop: int) -> None:
             view = view[file.write(view) :]
 
 
+def _begin(file: BinaryIO, offset: int, length: int) -> None:
+    """Have the kernel begin to put on disk what was written: the sync that has to follow then finds little left."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):  # it is advice
+            os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_DONTNEED)
+
+
 UNABLE = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.ETXTBSY, errno.EPERM}
 """What the kernel says where it cannot copy between two files."""
 
 
 def _copied(file: BinaryIO, extent: Extent, start: int, stop: int) -> bool:
     """Let the kernel copy, if it can: some file systems then share the bytes."""
-    if not hasattr(os, "copy_file_range") or isinstance(extent.file, Memory):
+    if not hasattr(os, "copy_file_range") or not isinstance(extent.file, File):
         return False
     target = file.tell()
     with extent.file.open() as source:

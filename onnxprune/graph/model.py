@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Union
@@ -17,9 +17,9 @@ from onnx import TensorProto
 
 from onnxprune.errors import PruneError
 from onnxprune.graph import saving, sparse, valid, wire
-from onnxprune.graph.assemble import Change
-from onnxprune.graph.saving import PAGE, PROTOBUF_LIMIT, Staged
-from onnxprune.graph.stored import Extent, File, Memory, reading, reason
+from onnxprune.graph.saving import PROTOBUF_LIMIT, Staged
+from onnxprune.graph.sliced import PAGE, Sliced
+from onnxprune.graph.stored import Change, Extent, File, Memory, reading, reason
 from onnxprune.graph.tensors import clear, encode, external_tensors, graphs, store, subgraphs, tensors
 
 ModelSource = Union[str, "os.PathLike[str]", onnx.ModelProto, ir.Model]
@@ -54,8 +54,8 @@ class Model:
         folder: what external locations are relative to.
         path: the file it came from.
         sparse_names: the initializers that came sparse, and are stored so again.
-        data: location of each external data file, as the model spells it -> the file. A tensor that was left in the
-            model file itself is external too, at the location `wire.OWN`.
+        data: location of each external data file, as the model spells it -> the file, or what is to become of it. A
+            tensor that was left in the model file itself is external too, at the location `wire.OWN`.
         edits: changes to external tensors.
         origin: the model file as it was loaded; None for a model that was never one.
     """
@@ -65,7 +65,7 @@ class Model:
     folder: Path | None = None
     path: Path | None = None
     sparse_names: frozenset[str] = frozenset()
-    data: dict[str, File] = field(default_factory=dict)
+    data: dict[str, File | Sliced] = field(default_factory=dict)
     edits: dict[Place, tuple[ir.ExternalTensor, Edit]] = field(default_factory=dict)
     origin: File | Memory | None = None
 
@@ -79,6 +79,11 @@ class Model:
         found = self.stored(tensor)
         if found is not None and tensor.dtype.bitwidth >= 8:
             return found.array().view(tensor.dtype.numpy()).reshape(tensor.shape.numpy())
+        if found is not None:
+            packed = TensorProto(
+                data_type=tensor.dtype.value, dims=tensor.shape.numpy(), raw_data=found.array().tobytes()
+            )
+            tensor = ir.serde.TensorProtoTensor(packed)
         with reading():
             array = tensor.numpy()
         return array if array.flags.c_contiguous else np.ascontiguousarray(array)
@@ -162,6 +167,14 @@ class Model:
         proto: onnx.ModelProto = onnx.ModelProto.FromString(kept)
         _constants_to_tensors(proto)
         return proto
+
+    def made(self, proto: onnx.ModelProto) -> Model:
+        """A protobuf made of parts of this one, which becomes its own, as a model; edits are not taken along.
+
+        Raises:
+            PruneError: as for `load`.
+        """
+        return open_proto(proto, self.folder, self.path, self.data)
 
     def reload(self, path: Path) -> None:
         """Go on with the file that has replaced the model's own."""
@@ -267,16 +280,22 @@ def parse(path: Path) -> tuple[onnx.ModelProto, File | Memory]:
     return proto, file if left_out else Memory(content)
 
 
-def open_proto(proto: onnx.ModelProto, folder: Path | None, path: Path | None) -> Model:
+def open_proto(
+    proto: onnx.ModelProto, folder: Path | None, path: Path | None, known: Mapping[str, File | Sliced] | None = None
+) -> Model:
     """Take over a protobuf as a Model: checked, sparse initializers made dense, external data found in `folder`.
+
+    What lies at a known location is not looked for.
 
     Raises:
         PruneError: as for `load`.
     """
     what = "the model" if path is None else f"'{path}'"
-    places = _checked(proto, folder, path)
+    known = known or {}
+    places = _checked(proto, folder, path, known)
     try:
-        data = {location: File.of(place) for location, place in places.items()}
+        locations = dict.fromkeys(map(valid.location, external_tensors(proto)))
+        data = {at: known[at] if at in known else File.of(places[at]) for at in locations}
         names = sparse.densify(subgraphs(proto))
         _constants_to_tensors(proto)
         # The view looks external tensors up by their real paths: they are checked, and onnx-ir refuses the hard links
@@ -300,11 +319,11 @@ def examine(path: Path) -> None:
     Raises:
         PruneError: as for `load`.
     """
-    _checked(_model_at(path)[0], path.absolute().parent, path)
+    _checked(_model_at(path)[0], path.absolute().parent, path, ())
 
 
-def _checked(proto: onnx.ModelProto, folder: Path | None, path: Path | None) -> dict[str, str]:
-    """Check tensors, names and functions; returns location of each external data file -> its real path."""
+def _checked(proto: onnx.ModelProto, folder: Path | None, path: Path | None, known: Container[str]) -> dict[str, str]:
+    """Check tensors, names and functions; returns location of each external data file not known -> its real path."""
     what = "the model" if path is None else f"'{path}'"
     try:
         for tensor in tensors(proto):
@@ -315,7 +334,8 @@ def _checked(proto: onnx.ModelProto, folder: Path | None, path: Path | None) -> 
         sparse.check(proto, subgraphs(proto), what)
         roots = [p for p in (folder, None if path is None else Path(os.path.realpath(path)).parent) if p is not None]
         own = None if path is None else os.path.realpath(path)
-        return valid.check_external(list(external_tensors(proto)), roots, what, own)
+        unknown = [tensor for tensor in external_tensors(proto) if valid.location(tensor) not in known]
+        return valid.check_external(unknown, roots, what, own)
     except PruneError:
         raise
     except Exception as error:  # a hostile file makes them raise anything

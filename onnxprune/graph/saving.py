@@ -20,8 +20,9 @@ from onnx import TensorProto
 
 from onnxprune.errors import PruneError
 from onnxprune.graph import assemble, files, sparse, valid, wire
-from onnxprune.graph.assemble import Change, Changed, Made, Piece, Replacement
-from onnxprune.graph.stored import Extent, File
+from onnxprune.graph.assemble import Changed, Made, Piece, Replacement
+from onnxprune.graph.sliced import PAGE
+from onnxprune.graph.stored import Change, Extent, Source
 from onnxprune.graph.tensors import clear, encode, external_tensors, point, subgraphs, tensors
 
 if TYPE_CHECKING:
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 
 PROTOBUF_LIMIT = 2**31 - 2**20
 """Bytes a single .onnx file can hold (protobuf's 2 GB, less room for the graph itself)."""
-
-PAGE = 4096
-"""Tensors that have to leave a model above the limit start on a page, so that they can be mapped; smaller ones stay."""
 
 NOTE = "onnxprune"
 """The entry of metadata_props that says what was done."""
@@ -269,7 +267,7 @@ def _blank(proto: onnx.ModelProto) -> bytes:
     return blank
 
 
-def _patched_data(model: Model, source: File, tensors: list[TensorProto], name: str) -> list[Piece]:
+def _patched_data(model: Model, source: Source, tensors: list[TensorProto], name: str) -> list[Piece]:
     """A data file with the edits carried out; its tensors are pointed to the new one, of the given name.
 
     An edited tensor that shares bytes with one that becomes something else moves to the end of the file.

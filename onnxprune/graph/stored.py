@@ -7,7 +7,7 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -15,6 +15,28 @@ from onnxprune.errors import PruneError
 
 CHUNK = 1 << 20
 """Bytes read, worked on and written at a time: they stay in cache, and memory stays flat."""
+
+
+class Source(Protocol):
+    """Whatever bytes can be read from as from a file."""
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+
+    def open(self) -> contextlib.AbstractContextManager[BinaryIO]:
+        """The file opened for reading."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Bytes of the file; fewer where it ends."""
+
+
+@runtime_checkable
+class Change(Protocol):
+    """A change of the values of a tensor that can be made part by part."""
+
+    def part(self, values: np.ndarray[Any, Any], start: int) -> None:
+        """Change, in place, the values of a flat part of the tensor as stored that begins at an element."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +118,7 @@ class Memory:
 class Extent:
     """A part of a file."""
 
-    file: File | Memory
+    file: Source
     offset: int
     length: int
 

@@ -46,6 +46,11 @@ def external(tensor: TensorProto) -> External:
     return External(entries.get("location", ""), int(entries.get("offset", 0)), None if length is None else int(length))
 
 
+def location(tensor: TensorProto) -> str:
+    """The file an external tensor is in, as the model spells it."""
+    return next((entry.value for entry in reversed(tensor.external_data) if entry.key == "location"), "")
+
+
 def nbytes(tensor: TensorProto) -> int:
     """Bytes of a tensor as raw data, from its declared type and shape."""
     bits: int = math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth

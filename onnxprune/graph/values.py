@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -107,25 +107,26 @@ def of(weight: Weight) -> Values:
     return Values(values.shape, axes, values.dtype, values.transpose(axes).reshape(-1))
 
 
-def zeros(values: Values, threads: int | None = None) -> int:
-    """How many of a weight's values are 0."""
+def zeros(values: Values, threads: int | None = None, stays: Callable[[int, int], Array] | None = None) -> int:
+    """How many of a weight's values are 0, or do not stay (of the values from one in memory order to another)."""
     size = values.size
     spans = [(start, min(start + SPAN, size)) for start in range(0, size, SPAN)]
-    count = partial(_zeros, values)
+    count = partial(_zeros, values, stays)
     if len(spans) < 4 or threads == 1:
         return sum(map(count, spans))
     with ThreadPoolExecutor(threads or min(os.cpu_count() or 1, MAX_THREADS)) as pool:
         return sum(pool.map(count, spans))
 
 
-def _zeros(values: Values, span: tuple[int, int]) -> int:
-    found = 0
+def _zeros(values: Values, stays: Callable[[int, int], Array] | None, span: tuple[int, int]) -> int:
+    found, at = 0, span[0]
     for part in values.chunks(*span, np.empty(CHUNK, np.uint8)):
-        if part.dtype.kind in "iu":
-            found += part.size - int(np.count_nonzero(part))
-        else:
-            bits = part.view(f"u{part.dtype.itemsize}")
-            found += part.size - int(np.count_nonzero(np.left_shift(bits, 1)))  # -0.0 is 0, too
+        real = part.dtype.kind not in "iu"
+        bits = np.left_shift(part.view(f"u{part.dtype.itemsize}"), 1) if real else part  # -0.0 is 0, too
+        if stays is not None:
+            bits = bits * stays(at, at + part.size)
+        found += part.size - int(np.count_nonzero(bits))
+        at += part.size
     return found
 
 

@@ -131,9 +131,9 @@ class Weight:
 
     def zero(self) -> np.ndarray | None:
         """The stored values that mean exactly 0.0, in the stored shape; None where it is 0 throughout."""
-        flat = np.zeros(int(np.prod(self.shape, dtype=np.int64)), np.float64)
         if not any(_shifted(use.expression) for use in self.uses):
             return None
+        flat = np.zeros(int(np.prod(self.shape, dtype=np.int64)), np.float64)
         for use in reversed(self.uses):
             ex.zeros(use.expression, self._indices, flat)
         return flat.reshape(self.shape)

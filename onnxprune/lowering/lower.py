@@ -9,7 +9,7 @@ import onnx
 from onnx import numpy_helper
 
 from onnxprune.errors import PruneError
-from onnxprune.graph.model import Model, open_proto
+from onnxprune.graph.model import Model
 from onnxprune.graph.weights import Skipped
 from onnxprune.lowering.forms import BLOCK, Piece, candidates
 from onnxprune.lowering.latency import DENSE, Latencies
@@ -193,7 +193,7 @@ def _replaced(ready: Model, pieces: Mapping[str, Piece]) -> Model:
     for piece in pieces.values():
         graph.initializer.extend(numpy_helper.from_array(values, name) for name, values in piece.tensors.items())
     _drop_unread(graph)
-    return open_proto(proto, ready.folder, ready.path)
+    return ready.made(proto)
 
 
 def _drop_unread(graph: onnx.GraphProto) -> None:

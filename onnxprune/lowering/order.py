@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxprune.graph.model import Model, encode, open_proto, subgraphs
+from onnxprune.graph.model import Model, encode, subgraphs
 from onnxprune.lowering.layers import Layer
 from onnxprune.structure.coupling import Coupling, Group, Member
 from onnxprune.structure.rules import elementwise
@@ -116,4 +116,4 @@ def _moved(model: Model, moves: dict[str, list[tuple[Member, np.ndarray]]]) -> M
             tensor.name, tensor.data_type = name, kind
             tensor.dims.extend(dims)
             tensor.raw_data = encode(array, ir.DataType(kind))
-    return open_proto(proto, model.folder, model.path)
+    return model.made(proto)

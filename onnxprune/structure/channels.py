@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from onnxprune import progress
 from onnxprune.algorithms import patterns
 from onnxprune.algorithms.allocate import ALLOCATIONS, given
 from onnxprune.algorithms.patterns import Units
@@ -92,11 +93,17 @@ def decide(
         if pinned.name in coupled:
             skipped.setdefault(pinned.name, Skipped(pinned.name, pinned.op_type, pinned.reason))
     removed: dict[str, np.ndarray] = {}
+    scored: dict[str, Units] = {}
+    work = [(group, config.entries[index].score) for index, groups in chosen.items() for group, _ in groups]
+    with progress.task("scoring channels", sum(_bytes(coupling, group) for group, _ in work)) as advance:
+        for group, score in work:
+            scored[group.name] = units(coupling, group, score, _held(group, held or {}), norms)
+            advance(_bytes(coupling, group))
     for index, groups in chosen.items():
         entry = config.entries[index]
         for share in sorted({share for _, share in groups}):
             part = [group for group, wanted in groups if wanted == share]
-            made = [units(coupling, group, entry.score, _held(group, held or {}), norms) for group in part]
+            made = [scored[group.name] for group in part]
             allocation = ALLOCATIONS[entry.allocation]
             if entry.allocation == "sensitivity" and shares is not None:
                 allocation = given([shares.get(group.name, 0.0) for group in part])
@@ -173,6 +180,12 @@ def units(
         weight = coupling.by_name[member.name]
         entries += weight.size * int(member.places.shape[1]) // weight.shape[member.axis]
     return Units(scores(coupling, group, score, norms), entries, held, (group.size, entries))
+
+
+def _bytes(coupling: Coupling, group: Group) -> int:
+    """Of the weights that produce the channels of a group."""
+    weights = [coupling.by_name[member.name] for member in group.producers]
+    return sum(math.prod(weight.shape) * weight.dtype.itemsize for weight in weights)
 
 
 def rounded(group: Group, removed: np.ndarray, score: np.ndarray, align: int, held: np.ndarray | None) -> np.ndarray:

@@ -14,7 +14,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from onnxprune.errors import PruneError
-from onnxprune.graph.model import Model, open_proto
+from onnxprune.graph.model import Model
 from onnxprune.structure import verify
 from onnxprune.structure.coupling import Coupling, Group
 from onnxprune.structure.plan import Plan
@@ -188,7 +188,7 @@ def compact(
     ready = plan.coupling.model
     small = plan.cut()
     search.fold(small.proto, plan.removed)
-    small = open_proto(small.proto, ready.folder, ready.path)
+    small = small.made(small.proto)
     worst = verify.difference(ready, small, *plan.sizes)
     if worst > verify.TOLERANCE and worst > verify.tolerance(ready, plan.sizes[0]):
         raise PruneError(

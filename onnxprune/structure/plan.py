@@ -53,7 +53,7 @@ class Plan:
         sizes = choose(model, shapes)
         return cls(couple(model, *sizes, shared, inexact), sizes)
 
-    def decide(
+    def choose(
         self,
         config: Config,
         clock: Clock,
@@ -61,17 +61,24 @@ class Plan:
         align: int | None = None,
         norms: Mapping[str, np.ndarray] | None = None,
         shares: Mapping[str, float] | None = None,
-    ) -> tuple[dict[str, np.ndarray], list[Skipped]]:
-        """Choose channels; returns the masks that zero them (any stored tensor -> True is kept), and what is pinned."""
+    ) -> tuple[dict[str, shrink.Lines], list[Skipped]]:
+        """Choose channels; returns what stays of each stored tensor when they are zeroed, and what is pinned."""
         self.removed, skipped = channels.decide(config, self.coupling, clock, held, align, norms, shares)
-        return shrink.kept(self.coupling, self.removed), skipped
+        return shrink.lines(self.coupling, self.removed), skipped
+
+    def decide(
+        self, config: Config, clock: Clock, held: Mapping[str, np.ndarray] | None = None, align: int | None = None
+    ) -> tuple[dict[str, np.ndarray], list[Skipped]]:
+        """`choose`, with masks (any stored tensor -> True is kept)."""
+        found, skipped = self.choose(config, clock, held, align)
+        return {name: stays.mask() for name, stays in found.items()}, skipped
 
     @property
     def groups(self) -> tuple[channels.GroupRow, ...]:
         """The decision, group by group."""
         return channels.rows(self.coupling, self.removed)
 
-    def zero(self, masks: Mapping[str, np.ndarray]) -> None:
+    def zero(self, masks: Mapping[str, shrink.Lines | np.ndarray]) -> None:
         """Put zeros into the coupling's model."""
         shrink.zero(self.coupling, masks)
 

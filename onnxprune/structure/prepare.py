@@ -11,7 +11,7 @@ import onnx
 from onnx import TensorProto, inliner, numpy_helper
 
 from onnxprune.errors import PruneError
-from onnxprune.graph.model import Model, graphs, open_proto, subgraphs, tensors
+from onnxprune.graph.model import Model, graphs, subgraphs, tensors
 from onnxprune.graph.shapes import SMALL
 from onnxprune.structure.facts import STANDARD_DOMAINS, constant_tensor
 
@@ -67,7 +67,7 @@ def prepare(model: Model, shared: Container[str] = ()) -> Model:
     for graph_ in graphs(proto):
         if isinstance(graph_, onnx.GraphProto):
             graph_.ClearField("value_info")
-    return open_proto(proto, model.folder, model.path)
+    return model.made(proto)
 
 
 def _distinct(graph: onnx.GraphProto, outer: Mapping[str, str], taken: set[str]) -> None:

@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxprune.errors import PruneError
-from onnxprune.graph.model import Model, open_proto
+from onnxprune.graph.model import Model
 
 TOLERANCE = 1e-4
 """Largest difference, as a share of the largest output, unless the model's own rounding is worse."""
@@ -112,7 +112,7 @@ def _moved(model: Model, shapes: Mapping[str, Sequence[int]], least: float, seed
     rng = np.random.default_rng(seed)
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
-    copy = open_proto(proto, model.folder, model.path)
+    copy = model.made(proto)
     for name, value in copy.graph.graph.initializers.items():
         tensor, stored = value.const_value, model.graph.graph.initializers[name].const_value
         assert tensor is not None

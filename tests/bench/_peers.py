@@ -1,6 +1,7 @@
-"""One measurement of another tool, in whatever interpreter has it: `python _peers.py NAME SIDE`; prints seconds.
+"""One measurement of another tool, in whatever interpreter has it.
 
-Each prunes one SIDE x SIDE float32 matrix to 80 % by magnitude, as its users would; a smaller one goes first.
+`python _peers.py nni|tfmot SIDE` prunes one SIDE x SIDE float32 matrix to 80 % by magnitude, as its users would, a
+smaller one first, and prints seconds. `python _peers.py onnxsim SOURCE TARGET` prunes a file.
 """
 
 from __future__ import annotations
@@ -28,18 +29,26 @@ def tfmot(side: int) -> Callable[[], object]:
     weight = tf.Variable(tf.random.normal((side, side)))
     mask, threshold = tf.Variable(tf.ones((side, side))), tf.Variable(0.0)
     schedule = pruning_schedule.ConstantSparsity(SPARSITY, 0)
-    pruning = pruning_impl.Pruning(lambda: 0, lambda: [(weight, mask, threshold)], schedule)
+    pruning = pruning_impl.Pruning(lambda: 0, [(weight, mask, threshold)], schedule, (1, 1), "AVG")
 
     def run() -> None:
-        new, mask_ = pruning._maybe_update_block_mask(weight)[1], None
-        mask.assign(new)
-        weight.assign(weight * mask)
-        del mask_
+        pruning.conditional_mask_update()
+        pruning.weight_mask_op()
 
     return run
 
 
+def onnxsim(source: str, target: str) -> None:
+    import onnx
+    from onnxsim import apply_magnitude_pruning
+
+    onnx.save(apply_magnitude_pruning(source, sparsity=SPARSITY), target)
+
+
 def main() -> None:
+    if sys.argv[1] == "onnxsim":
+        onnxsim(*sys.argv[2:4])
+        return
     make = {"nni": nni, "tfmot": tfmot}[sys.argv[1]]
     make(256)()
     run = make(int(sys.argv[2]))

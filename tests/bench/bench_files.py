@@ -1,19 +1,24 @@
 """What pruning costs, beside copying and beside what people use instead: `python bench_files.py`.
 
-Every table is measured in one run, in turns, and shows medians. Wall-clock time is what counts; processor time stands
-beside it because other work on the machine stretches the one and hardly the other. Files are made in --folder, removed
-afterwards, and synced before each run, so that nobody pays for the writing of others. `prune` is a whole process,
-fsync included, with --no-benchmark.
+What stands in one row of the table of ratios was measured side by side, in turns; medians, or the least where it says
+so. Wall-clock time is what counts; processor time stands beside it because other work on the machine stretches the one
+and hardly the other. Files are made in --folder, removed afterwards, and synced before each run, so that nobody pays
+for the writing of others. `prune` is a whole process, fsync included, with --no-benchmark.
 
-Peers that live in other interpreters are named by `--peer-python nni=/path/python`; torch is used where this one has
-it. `--only` takes some of the tables, `--quick` smaller files and fewer rounds, `--largest` the largest model's GB.
+Peers that live in other interpreters are named by `--peer-python nni=/path/python` (nni, tfmot, onnxsim); torch is used
+where this one has it. `--only` takes some of the tables, `--quick` smaller files and fewer rounds, `--parameters` some
+sizes of models. `--into FILE` puts what was measured into a JSON file, from which later runs with the same option print
+and plot, too.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import itertools
 import json
+import math
 import os
 import platform
 import shutil
@@ -23,8 +28,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -97,8 +103,21 @@ def row(name: str, cost: Cost, *more: str) -> None:
     print(COLUMNS.format(name, f"{cost.wall:.3f}", f"{cost.cpu:.3f}", *more, *[""] * (2 - len(more))), flush=True)
 
 
-def bar(number: int, text: str, met: bool) -> None:
-    print(f"bar {number}: {text}: {'met' if met else 'NOT MET'}", flush=True)
+BARS: dict[str, list[tuple[int, str, str, str, bool]]] = {}
+"""The table of ratios, part by part: the bar's number, what is measured, the figure, its limit, whether that holds."""
+
+
+def bar(number: int, what: str, figure: float, limit: float, least: bool = False, unit: str = "x") -> None:
+    met = figure >= limit if least else figure <= limit
+    at = f"{'at least' if least else 'at most'} {limit:.3g} {unit}"
+    BARS[list(BARS)[-1]].append((number, what, f"{figure:.3g} {unit}", at, met))
+    print(f"bar {number}: {what}: {figure:.3g} {unit} ({at}): {'met' if met else 'NOT MET'}", flush=True)
+
+
+def table() -> None:
+    print("\n| bar | what | measured | bar | met |\n|---|---|---|---|---|")
+    for number, what, figure, limit, met in sorted(itertools.chain(*BARS.values()), key=lambda row: row[0]):
+        print(f"| {number} | {what} | {figure} | {limit} | {'yes' if met else 'NO'} |")
 
 
 def write_model(path: Path, matrices: int, external: bool) -> int:
@@ -173,25 +192,27 @@ def one_matrix(peers: dict[str, str], rounds: int) -> None:
         work = torch_l1(matrix)
         torch_times = [timed(work) for _ in range(2)]
         row("torch.nn.utils.prune.l1_unstructured", min(torch_times), f"{min(torch_times).wall / ours.wall:.1f}")
-    for name, python in peers.items():
-        if name in ("nni", "tfmot"):
-            told = peer(python, name, SIDE)
-            print(COLUMNS.format(name, *told, ""))
     passes = ours.wall / least["one read-and-write pass"].wall
-    bar(1, f"{passes:.1f} read-and-write passes (at most 6)", passes <= 6)
+    bar(1, "one matrix of 16.8 M, one read-and-write pass", passes, 6)
     if torch_times:
-        ratio = min(torch_times).wall / ours.wall
-        bar(1, f"{ratio:.0f} times faster than torch l1_unstructured (at least 50)", ratio >= 50)
+        bar(1, "torch l1_unstructured, the same matrix", min(torch_times).wall / ours.wall, 50, least=True)
+    for name, python in peers.items():
+        if name in ("nni", "tfmot") and (told := peer(python, name, SIDE)) is not None:
+            row(f"{name}, of its own interpreter", Cost(told, 0.0, 0.0), f"{told / ours.wall:.1f}")
+            bar(1, f"{name}, the same matrix", told / ours.wall, 50, least=True)
 
 
-def peer(python: str, name: str, side: int) -> tuple[str, str, str]:
-    done = subprocess.run([python, HERE / "_peers.py", name, str(side)], capture_output=True, text=True, check=False)
+def peer(python: str, name: str, *arguments: object) -> float | None:
+    """Seconds that another tool takes; None where it fails, which is said."""
+    command = [python, HERE / "_peers.py", name, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        return "fails", "", done.stderr.strip().splitlines()[-1][:60] if done.stderr.strip() else ""
-    return f"{float(done.stdout.split()[-1]):.3f}", "", ""
+        print(f"{name} fails: {(done.stderr.strip().splitlines() or [''])[-1][:100]}")
+        return None
+    return float(done.stdout.split()[-1])
 
 
-def many_matrices(peers: dict[str, str], rounds: int) -> None:
+def many_matrices(rounds: int) -> None:
     """Bar 2."""
     rng = np.random.default_rng(1)
     arrays = [rng.standard_normal((1024, 1024 * n), dtype=np.float32) for n in (1, 2, 4) * 33]
@@ -214,25 +235,34 @@ def many_matrices(peers: dict[str, str], rounds: int) -> None:
         row(name, min(costs), f"{min(costs).wall / total * 1e9:.2f}")
     local, together = (min(costs).wall for costs in times.values())
     memory = extra_memory(arrays, count, 2)
-    bar(2, f"global costs {together / local:.2f} of local (0.8 to 1.2)", 0.8 <= together / local <= 1.2)
-    bar(2, f"{memory:.0f} MB beside the masks (under 64)", memory < 64)
+    bar(2, f"{total / 1e6:.0f} M in {len(arrays)} matrices, all together: each on its own", together / local, 1.2)
+    bar(2, "memory beside the masks", memory, 64, unit="MB")
     if importlib.util.find_spec("torch"):
         import torch
         from torch.nn.utils import prune as torch_prune
 
         torch.set_num_threads(2)
 
+        some = arrays[::4]  # the whole takes 12 GB
+        share = sum(array.size for array in some)
+
         def layers() -> list[tuple[torch.nn.Module, str]]:
-            made = [torch.nn.Module() for _ in arrays]
-            for layer, array in zip(made, arrays, strict=True):
+            made = [torch.nn.Module() for _ in some]
+            for layer, array in zip(made, some, strict=True):
                 layer.weight = torch.nn.Parameter(torch.from_numpy(array))
             return [(layer, "weight") for layer in made]
 
-        some = layers()
-        alone = timed(lambda: [torch_prune.l1_unstructured(*layer, SPARSITY) for layer in some])
-        row("torch l1_unstructured, each on its own", alone, f"{alone.wall / total * 1e9:.2f}")
-        bar(2, f"{alone.wall / local:.0f} times faster than torch locally (at least 50)", alone.wall / local >= 50)
-        del some
+        l1 = torch_prune.L1Unstructured
+        theirs: dict[str, Callable[[list[tuple[torch.nn.Module, str]]], object]] = {
+            "l1_unstructured": lambda made: [torch_prune.l1_unstructured(*layer, SPARSITY) for layer in made],
+            "global_unstructured": lambda made: torch_prune.global_unstructured(made, l1, amount=SPARSITY),
+        }
+        for (name, work), ours in zip(theirs.items(), (local, together), strict=True):
+            made = layers()
+            cost = timed(lambda work=work, made=made: work(made))  # type: ignore[misc]
+            each = cost.wall / share
+            row(f"torch {name}, {share / 1e6:.0f} M of them", cost, f"{each * 1e9:.2f}")
+            bar(2, f"torch {name}, time per parameter", each / (ours / total), 50, least=True)
 
 
 def files(folder: Path, gb: float, rounds: int) -> None:
@@ -245,6 +275,7 @@ def files(folder: Path, gb: float, rounds: int) -> None:
     options = ["--sparsity", str(SPARSITY), "--no-benchmark", "--json"]
     works: dict[str, Sequence[object]] = {
         "cp of the data": ["cp", f"{external}.data", folder / "copy"],
+        "cp of the data, then sync": ["sh", "-c", f"cp {external}.data {folder}/copy && sync {folder}/copy"],
         "onnxprune prune, external data": [*command, external, "-o", folder / "out.onnx", *options],
         "onnxprune prune, a single file": [*command, single, "-o", folder / "out.onnx", *options],
         "load, np.partition, save; external data": [sys.executable, "-c", LOADED, external, folder / "out.onnx", "e"],
@@ -258,17 +289,14 @@ def files(folder: Path, gb: float, rounds: int) -> None:
     print(f"\na model of {size / GB:.2f} GB, whole processes")
     print(COLUMNS.format("", "s", "cpu s", "MB", "x cp"))
     found = {name: median(costs) for name, costs in times.items()}
-    cp, ours, alone, loaded = found.values()
+    cp, synced, ours, alone, loaded = found.values()
     for name, cost in found.items():
         row(name, cost, f"{cost.memory / 1e6:.0f}", f"{cost.wall / cp.wall:.1f}")
     for name, cost, times_ in (("external data", ours, 4), ("a single file", alone, 6)):
-        limit = times_ * cp.wall + 0.6
-        bar(3, f"{name}: {cost.wall:.2f} s, {times_} x cp + 0.6 s is {limit:.2f} s", cost.wall <= limit)
-    bar(
-        3,
-        f"{loaded.wall / ours.wall:.1f} times faster than load-partition-save (at least 4)",
-        loaded.wall >= 4 * ours.wall,
-    )
+        what = f"{size / GB:.2g} GB, {name}, less 0.6 s: cp ({cp.wall:.2f} s)"
+        bar(3, what, (cost.wall - 0.6) / cp.wall, times_)
+        print(f"  less 0.6 s, beside cp and sync: {(cost.wall - 0.6) / synced.wall:.2f}")
+    bar(3, f"{size / GB:.2g} GB, load, np.partition, save: ours", loaded.wall / ours.wall, 4, least=True)
 
 
 def startup(rounds: int) -> None:
@@ -296,55 +324,91 @@ def startup(rounds: int) -> None:
         cost = median(times[work])
         row(work, cost, f"{cost.memory / 1e6:.0f}")
         if limit:
-            bar(5, f"{work}: {cost.wall:.2f} s (under {limit})", cost.wall < limit)
+            bar(5, work, cost.wall, limit, unit="s")
 
 
-def sizes(folder: Path, parameters: Sequence[float], rounds: int, picture: Path | None) -> None:
+def simplifier(folder: Path, peers: dict[str, str], rounds: int) -> None:
+    """Of bar 3: another tool for files, where there is one."""
+    if "onnxsim" not in peers:
+        return
+    single = folder / "keep-single.onnx"
+    size = write_model(single, 15, False)
+    command = [sys.executable, "-m", "onnxprune", "prune", single, "-o", folder / "out.onnx"]
+    works: dict[str, Sequence[object]] = {
+        "onnxprune prune, a single file": [*command, "--sparsity", str(SPARSITY), "--no-benchmark", "--json"],
+        "onnxsim, a single file": [peers["onnxsim"], HERE / "_peers.py", "onnxsim", single, folder / "out.onnx"],
+    }
+    times: dict[str, list[Cost]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            clear(folder, "keep-")
+            times[name].append(run(*work))
+    clear(folder, "nothing")
+    print(f"\na model of {size / GB:.2f} GB, whole processes")
+    print(COLUMNS.format("", "s", "cpu s", "MB", "x ours"))
+    ours, theirs = (median(costs) for costs in times.values())
+    for name, cost in zip(works, (ours, theirs), strict=True):
+        row(name, cost, f"{cost.memory / 1e6:.0f}", f"{cost.wall / ours.wall:.1f}")
+    bar(3, f"{size / GB:.2g} GB, onnxsim's magnitude pruning: ours", theirs.wall / ours.wall, 4, least=True)
+
+
+MEMORY: list[float] = []
+CURVES: dict[str, list[tuple[int, float]]] = {}
+"""Of the plot: what is measured -> parameters, and ns for each."""
+
+OURS = "onnxprune, each weight"
+LINES = {OURS: "uniform", "onnxprune, global": "global"}
+
+
+def sizes(folder: Path, parameters: Sequence[float], rounds: int, save: Callable[[], None]) -> None:
     """Bars 4 and 7."""
     small = folder / "keep-small.onnx"
     write_model(small, 1, True)
     print("\none process each: seconds without interpreter and imports; memory of all of it")
     print(COLUMNS.format("parameters", "s", "cpu s", "ns each", "MB"))
-    found: dict[str, list[tuple[int, float]]] = {"onnxprune, each weight": [], "onnxprune, global": []}
-    memory = []
-    copies: list[tuple[int, float]] = []
+
+    def found(name: str, count: int, cost: Cost) -> None:
+        each = cost.wall / count * 1e9
+        points = CURVES.setdefault(name, [])
+        points[:] = sorted([point for point in points if point[0] != count] + [(count, each)])
+        row(f"{count / 1e6:.0f} M, {name}", cost, f"{each:.2f}", f"{cost.memory / 1e6:.0f}" * (name in LINES))
+
     for wanted in parameters:
-        matrices = max(1, round(wanted / ROWS**2))
+        matrices = math.ceil(wanted / ROWS**2)
         path = folder / "keep-large.onnx"
         count = write_model(path, matrices, True) // 4
-        times = rounds if wanted < 5e8 else 1
-        for name, allocation in (("onnxprune, each weight", "uniform"), ("onnxprune, global", "global")):
-            costs = []
-            for _ in range(times):
+        costs: dict[str, list[Cost]] = {name: [] for name in (*LINES, "cp", "cp, then sync")}
+        for _ in range(rounds if wanted < 5e8 else 1):
+            for name, allocation in LINES.items():
                 clear(folder, "keep-")
                 command = [sys.executable, "-c", CHILD, small, path, folder / "out.onnx", allocation]
                 told = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True).stdout
-                costs.append(Cost(*json.loads(told)))
-            cost = median(costs)
-            found[name].append((count, cost.wall / count * 1e9))
-            memory.append(cost.memory / 1e6)
-            each = f"{cost.wall / count * 1e9:.2f}"
-            row(f"{count / 1e6:.0f} M, {allocation}", cost, each, f"{cost.memory / 1e6:.0f}")
-        clear(folder, "keep-")
-        copy = run("cp", f"{path}.data", folder / "copy")
-        copies.append((count, copy.wall / count * 1e9))
-        row(f"{count / 1e6:.0f} M, cp", copy, f"{copy.wall / count * 1e9:.2f}")
+                costs[name].append(Cost(*json.loads(told)))
+            copy, sync = f"cp {path}.data {folder}/copy", f"sync {folder}/copy"
+            for name, shell in (("cp", copy), ("cp, then sync", f"{copy} && {sync}")):
+                clear(folder, "keep-")
+                costs[name].append(run("sh", "-c", shell))
+        for name, of in costs.items():
+            found(name, count, median(of))
+            MEMORY.extend([median(of).memory / 1e6] if name in LINES else [])
         if wanted <= 3e8:
             clear(folder, "keep-")
-            loaded = run(sys.executable, "-c", LOADED, path, folder / "out.onnx", "e")
-            found.setdefault("load, np.partition, save", []).append((count, loaded.wall / count * 1e9))
-            each = f"{loaded.wall / count * 1e9:.2f}"
-            row(f"{count / 1e6:.0f} M, load-partition-save", loaded, each, f"{loaded.memory / 1e6:.0f}")
+            found("load, np.partition, save", count, run(sys.executable, "-c", LOADED, path, folder / "out.onnx", "e"))
         if wanted <= 1e8 and importlib.util.find_spec("torch"):
-            found.setdefault("torch l1_unstructured, in memory", []).append((count, torch_each(matrices) / count * 1e9))
+            found("torch l1_unstructured, in memory", count, Cost(torch_each(matrices), 0.0, 0.0))
         clear(folder, "keep-small")
+        save()
     clear(folder, "nothing")
-    bar(4, f"at most {max(memory):.0f} MB (under 400)", max(memory) < 400)
-    ours = [each for _, each in found["onnxprune, each weight"]]
-    spread = max(ours) / min(ours)
-    bar(7, f"time per parameter differs by {spread:.2f} between the sizes (at most 1.3)", spread <= 1.3)
-    if picture is not None:
-        plot({**found, "cp": copies}, picture)
+
+
+def conclude() -> None:
+    """Bars 4 and 7, of all sizes measured."""
+    sizes_ = [count for count, _ in CURVES[OURS]]
+    bar(4, f"peak memory, {sizes_[0] * 4 / GB:.2g} to {sizes_[-1] * 4 / GB:.2g} GB", max(MEMORY), 400, unit="MB")
+    for name in LINES:
+        each = [ns for _, ns in CURVES[name]]
+        what = f"{name}, {sizes_[0] / 1e6:.0f} M to {sizes_[-1] / 1e9:.2g} G: most per parameter / least"
+        bar(7, what, max(each) / min(each), 1.3)
 
 
 def torch_each(matrices: int) -> float:
@@ -415,67 +479,75 @@ def bridges(rounds: int) -> None:
 
     theirs = median([timed(globally) for _ in range(rounds)])
     row("torch global_unstructured", theirs, f"{theirs.wall / ours.wall:.1f}")
-    bar(
-        6,
-        f"{theirs.wall / ours.wall:.0f} times faster than global_unstructured (at least 50)",
-        theirs.wall >= 50 * ours.wall,
-    )
+    bar(6, "torch global_unstructured: update_epoch, ResNet-50", theirs.wall / ours.wall, 50, least=True)
     cheapest = min(cost.wall for cost in exported.values())
-    bar(
-        6,
-        f"{cheapest / ours.wall:.0f} times faster than the cheapest re-export (at least 20)",
-        cheapest >= 20 * ours.wall,
-    )
+    bar(6, "the cheapest re-export: update_epoch, ResNet-50", cheapest / ours.wall, 20, least=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    tables = ["matrix", "matrices", "files", "start", "bridges", "sizes"]
+    tables = ["matrix", "matrices", "files", "start", "bridges", "peers", "sizes"]
     parser.add_argument("--only", action="append", choices=tables)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--folder", type=Path, help="where the files are made; the system's temporary folder")
-    parser.add_argument("--largest", type=float, default=12, help="GB of the largest model")
+    parser.add_argument("--parameters", type=float, nargs="+", default=[1e7, 6e7, 2.5e8, 1e9, 3e9])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--into", type=Path, help="a JSON file of what was measured, here and before")
     parser.add_argument("--plot", type=Path, help="an SVG file to write; bench_files.svg beside this script")
     parser.add_argument("--peer-python", action="append", default=[], metavar="NAME=PYTHON")
     options = parser.parse_args()
     chosen = options.only or tables
     peers = dict(text.split("=", 1) for text in options.peer_python)
     rounds = 2 if options.quick else options.rounds
-    versions = [f"Python {platform.python_version()}"]
-    from importlib.metadata import PackageNotFoundError, version
+    before: dict[str, Any] = {"machine": [], "bars": {}, "curves": {}, "memory": []}
+    if options.into is not None and options.into.exists():
+        before = json.loads(options.into.read_text())
+        CURVES.update({name: [tuple(point) for point in points] for name, points in before["curves"].items()})
+        MEMORY.extend(before["memory"])
+    print(machine := versions(peers))
 
+    def save() -> None:
+        if options.into is not None:
+            told = {"machine": [*before["machine"], machine], "bars": {**before["bars"], **BARS}}
+            options.into.write_text(json.dumps({**told, "curves": CURVES, "memory": MEMORY}, indent=1))
+
+    print(f"load before: {os.getloadavg()[0]:.1f}", flush=True)
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        works: dict[str, Callable[[], object]] = {
+            "matrix": lambda: one_matrix(peers, 3 * rounds),
+            "matrices": lambda: many_matrices(rounds),
+            "files": lambda: files(Path(name), 0.2 if options.quick else 1.0, rounds),
+            "start": lambda: startup(2 * rounds),
+            "bridges": lambda: bridges(min(rounds, 3)),
+            "peers": lambda: simplifier(Path(name), peers, min(rounds, 3)),
+            "sizes": lambda: sizes(Path(name), [1e7, 3e7] if options.quick else options.parameters, rounds, save),
+        }
+        for part, work in works.items():
+            if part in chosen and (part != "bridges" or importlib.util.find_spec("torch")):
+                BARS[part] = []
+                work()
+                save()
+    print(f"load after: {os.getloadavg()[0]:.1f}")
+    if CURVES:
+        BARS["sizes"] = []
+        conclude()
+        save()
+        plot(CURVES, options.plot or HERE / "bench_files.svg")
+    BARS.update({part: rows for part, rows in before["bars"].items() if part not in BARS})
+    table()
+
+
+def versions(peers: dict[str, str]) -> str:
+    """The machine, and what was measured."""
+    found = [f"Python {platform.python_version()}"]
     for name in ("numpy", "onnx", "onnx-ir", "onnxruntime", "torch"):
-        try:
-            versions.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
     for name, python in peers.items():
         code = f"from importlib.metadata import version; print(version('{PACKAGES.get(name, name)}'))"
         told = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False).stdout.strip()
-        versions.append(f"{name} {told or '(not found)'}")
-    print(f"{processor()}, {os.cpu_count()} CPUs, {platform.system()} {platform.machine()}; {', '.join(versions)}")
-    print(f"load before: {os.getloadavg()[0]:.1f}", flush=True)
-    if "matrix" in chosen:
-        one_matrix(peers, 3 * rounds)
-    if "matrices" in chosen:
-        many_matrices(peers, rounds)
-    if "start" in chosen:
-        startup(2 * rounds)
-    if "bridges" in chosen and importlib.util.find_spec("torch"):
-        bridges(min(rounds, 3))
-    with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        folder = Path(name)
-        if "files" in chosen:
-            files(folder, 0.2 if options.quick else 1.0, rounds)
-        if "sizes" in chosen:
-            wanted = (
-                [1e7, 3e7]
-                if options.quick
-                else [n for n in (1e7, 6e7, 2.5e8, 1e9, 3e9) if n * 4 <= options.largest * GB]
-            )
-            sizes(folder, wanted, rounds, options.plot or (None if options.quick else HERE / "bench_files.svg"))
-    print(f"load after: {os.getloadavg()[0]:.1f}")
+        found.append(f"{name} {told or '(not found)'}")
+    return f"{processor()}, {os.cpu_count()} CPUs, {platform.system()} {platform.machine()}; {', '.join(found)}"
 
 
 PACKAGES = {"tfmot": "tensorflow-model-optimization"}
