@@ -10,7 +10,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from onnxprune.errors import PruneError
-from onnxprune.graph.valid import AXES
+from onnxprune.graph.valid import AXES, location
 
 DENSE_LIMIT = 2**28
 """Bytes that the sparse initializers of any model may grow to."""
@@ -103,8 +103,11 @@ def _check(item: onnx.SparseTensorProto, budget: int, what: str) -> int:
     """Bytes of a sparse tensor when it is dense, which are at most `budget`."""
     name, dims = item.values.name, list(item.dims)
     wrong = f"{what}: sparse initializer '{name}' of shape {dims[:AXES]}"
-    if TensorProto.EXTERNAL in (item.values.data_location, item.indices.data_location):
-        raise PruneError(f"{wrong} keeps its data in another file; load and save it dense first")
+    for tensor in (item.values, item.indices):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            raise PruneError(
+                f"{wrong} keeps its data in another file ('{location(tensor)}'); load and save it dense first"
+            )
     values, indices = numpy_helper.to_array(item.values), numpy_helper.to_array(item.indices)
     if any(d < 0 for d in dims) or len(dims) > AXES or values.dtype.kind == "O" or indices.dtype.kind not in "iu":
         raise PruneError(
