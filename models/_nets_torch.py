@@ -80,7 +80,7 @@ class WidePlain(nn.Module):
         else:
             for layer in self.body:
                 x = functional.relu(layer(x))
-        return self.fc(x.mean((2, 3)))
+        return self.fc(x.mean((2, 3))).float()
 
 
 class WideResidual(WidePlain):

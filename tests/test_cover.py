@@ -65,6 +65,17 @@ def test_planted_groups_are_found(seed, parts, thinned):
     assert (found.size, found.kept, found.groups) == (size, kept, 4 * parts)
 
 
+def test_parts_with_the_same_supports_share_no_group():
+    live = np.zeros((32, 8), bool)
+    live[::2, :4] = live[1::2, 4:] = True
+    check(live, 2)
+    found = cover(live, 2)
+    assert found is not None
+    assert found.outputs.tolist() == [[*range(s, s + 16, 2)] for s in (0, 1)] + [
+        [*range(s, s + 16, 2)] for s in (16, 17)
+    ]
+
+
 def test_literal():
     live = np.zeros((16, 6), bool)
     live[::2, [0, 3]] = live[1::2, [1, 5]] = True
