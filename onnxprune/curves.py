@@ -181,7 +181,8 @@ def sensitivity(
         exclude: not these.
         metric: as `evaluate` takes it; one of your own is measured on all samples.
         precision: 0 evaluates all samples every time.
-        latency: whether to measure, one after the other, what each group of channels alone saves.
+        latency: whether to measure, one after the other, what each group of channels alone saves, or each weight with
+            grouped inputs, lowered.
         jobs: processes side by side, -1 one per CPU; inside `joblib.parallel_config(backend=...)` that backend's.
         threads: of onnxruntime, in each process.
         seed: of the samples' order.
@@ -363,8 +364,13 @@ def _measure_latency(
     wanted: list[Task],
     shapes: Mapping[str, Sequence[int]] | None,
 ) -> None:
-    """One after the other, in turns with the dense model; nothing else should run meanwhile."""
+    """One after the other, in turns with the dense model; grouped inputs lowered. Nothing else should run meanwhile."""
+    from onnxprune.lowering.latency import Latencies
+    from onnxprune.lowering.lower import lowered
     from onnxprune.runtime.benchmark import benchmark
+
+    threads = probe.shared.threads or 1
+    latencies = Latencies.open(threads) if probe.shared.config.grouped else None
 
     for item, level in wanted:
         record = keep.records[f"{item} {level}"]
@@ -372,8 +378,10 @@ def _measure_latency(
             continue
         model, _, undo = probe.candidate(item, level)
         try:
+            if latencies is not None:
+                model, _ = lowered(model, shapes, latencies, check=False)
             with model.stage(None) as staged:
-                found = benchmark(staged.path, source, shapes=shapes, threads=probe.shared.threads or 1, min_time=0.4)
+                found = benchmark(staged.path, source, shapes=shapes, threads=threads, min_time=0.4)
         finally:
             undo()
         keep.add(f"{item} {level}", record | {"latency": 1 - 1 / (found.speedup or 1.0)})

@@ -42,7 +42,7 @@ def recipes(target: str) -> list[Recipe]:
             found.insert(1, Recipe("unstructured", "uniform", pruner="sparsegpt"))
             found.append(Recipe("unstructured", "sensitivity", pruner="sparsegpt"))
         return found
-    found = [Recipe("channel", "uniform"), Recipe("grouped", "uniform"), Recipe("channel", "sensitivity")]
+    found = [Recipe(pattern, how) for how in ("uniform", "sensitivity") for pattern in ("channel", "grouped")]
     if refits:
         found += [Recipe(r.pattern, r.allocation, reconstruct=True) for r in found]
     return found

@@ -370,7 +370,7 @@ class _Run:
         if recipe.allocation == "sensitivity":
             found = self.curves[recipe.pattern]
             assert found is not None
-            cost = options["target"] if options["target"] != "size" and parse(recipe.pattern).coupled else "parameters"
+            cost = options["target"] if options["target"] != "size" and parse(recipe.pattern).faster else "parameters"
             shares = found.allocate(strength, cost)
         mapping: dict[str, Any] = {
             "pruner": recipe.pruner, "config_list": [{"op_types": "default", "sparsity": strength}],
@@ -395,14 +395,14 @@ class _Run:
         def late() -> bool:
             return self.stop.is_set() or (end is not None and time.monotonic() > end)
 
-        coupled = parse(pattern).coupled
+        faster = parse(pattern).faster
         entry = {"op_types": "default", "pattern": pattern, "sparsity": 0.0}
         path = self.keep.path
         try:
             found: Sensitivity | None = curves.measure(
                 self.source, self.search.dataset, configuration.load([entry]), self.search.dense,
                 levels=CURVE_LEVELS, metric=options["metric"], precision=CURVE_PRECISION, jobs=options["jobs"],
-                latency=coupled and options["target"] == "latency", threads=options["threads"], seed=options["seed"],
+                latency=faster and options["target"] == "latency", threads=options["threads"], seed=options["seed"],
                 shapes=options["shapes"], progress=self.progress is not None, stopped=late,
                 checkpoint=None if path is None else path.with_name(f"{path.name}.{pattern.partition(':')[0]}"),
                 finish=False,

@@ -11,9 +11,13 @@ import onnxprune
 from onnxprune.errors import PruneError
 from onnxprune.graph.model import load
 from onnxprune.lowering import forms, order
-from onnxprune.lowering.latency import DENSE
-from onnxprune.lowering.lower import lowered
+from onnxprune.lowering.latency import DENSE, Latencies, alone, dense
+from onnxprune.lowering.layers import layers
+from onnxprune.lowering.lower import _facts, lowered
+from onnxprune.runtime.session import open_session
 from onnxprune.structure import verify
+from onnxprune.structure.prepare import prepare
+from onnxprune.structure.sizes import choose
 
 F32 = np.float32
 
@@ -67,6 +71,31 @@ def matmul(shape: str):
     return parse(f"(float[{shape}, 32] x) => (float[] y) {{ y = MatMul (x, w) }}", w=w)
 
 
+def batch(data: str, weight: tuple[int, ...]):
+    """A batch of matrices, 32 inputs and 48 outputs each."""
+    w = np.random.default_rng(1).normal(size=(*weight, 32, 48)).astype(F32)
+    return parse(f"(float[{data}, 32] x) => (float[] y) {{ y = MatMul (x, w) }}", w=w)
+
+
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+
+
+def recurrent(op: str, directions: int = 1, outputs: str = "y", states: bool = False):
+    """A recurrent operator on 32 inputs, of 5 steps and an open batch."""
+    rng = np.random.default_rng(1)
+    size, rows = 12, GATES[op] * 12
+    arrays = {"w": (directions, rows, 32), "r": (directions, rows, size), "b": (directions, 2 * rows)}
+    way = "bidirectional" if directions == 2 else "forward"
+    given = ", , h" if states else ""
+    extra = f", float[{directions}, N, {size}] h" if states else ""
+    found = ", ".join(f"float[] {name}" for name in outputs.split(", ") if name)
+    text = (
+        f"(float[5, N, 32] x{extra}) => ({found}) "
+        f'{{ {outputs} = {op} <hidden_size = {size}, direction = "{way}"> (x, w, r, b{given}) }}'
+    )
+    return parse(text, **{name: rng.normal(size=shape).astype(F32) / 4 for name, shape in arrays.items()})
+
+
 NETS = {
     "conv": conv("pads = [1, 1, 1, 1]", (3, 3), "7, 9"),
     "conv without bias": conv("pads = [1, 1, 1, 1]", (3, 3), "7, 9", bias=False),
@@ -88,6 +117,15 @@ NETS = {
     "matmul of open sizes": matmul("N, S"),
     "matmul of a batch": matmul("3, 5"),
     "matmul of rank 4": matmul("2, N, 5"),
+    "batch": batch("3, 5", (3,)),
+    "batch of open sizes": batch("3, N", (3,)),
+    "batch of rank 4": batch("2, 3, N", (2, 3)),
+    "batch of one": batch("7, N", (1,)),
+    "LSTM": recurrent("LSTM"),
+    "LSTM of two directions": recurrent("LSTM", 2, states=True),
+    "LSTM whose last state is read": recurrent("LSTM", outputs=", y, c"),
+    "GRU of two directions": recurrent("GRU", 2),
+    "RNN": recurrent("RNN", outputs="y, h2"),
 }
 
 
@@ -97,27 +135,64 @@ def masked(proto: onnx.ModelProto, pattern: str = "grouped:8", sparsity: float =
 
 
 @pytest.mark.parametrize(
-    ("name", "form"), [(name, form) for name, net in NETS.items() for form in forms.FORMS[net.graph.node[0].op_type]]
+    ("name", "form"),
+    [
+        (name, form)
+        for name, net in NETS.items()
+        for form in forms.FORMS[net.graph.node[0].op_type]
+        if (name, form) not in {("batch", "products"), ("batch of rank 4", "products")}
+    ],
 )
 def test_lowered_equals_masked(name, form):
-    result = masked(NETS[name])
+    entry = {"sparsity": 0.5, "op_names": ["w"], "pattern": "grouped:8"}
+    result = onnxprune.prune(NETS[name], [entry], keep_shape=True)
     assert result.sparsity == 0.5
     model, report = lowered(result.model, latencies=Always(form))
     assert [row.kept for row in report.rows] == [16 // (2 if "of 2 groups" in name else 1)]
-    assert report.rows[0].form in (form, "grouped")
+    assert report.rows[0].form in (form, "grouped", "batched")
     assert report.difference is not None
     assert report.difference < 1e-5
     if form not in {"padded", "pointwise"}:  # these fill up blocks
-        stored = sum(np.prod(t.dims) for t in model.proto.graph.initializer if t.data_type == 1 and len(t.dims) > 1)
-        assert stored == np.prod(result.model.proto.graph.initializer[0].dims) / 2
+        stored = {
+            t.name: np.prod(t.dims) for t in model.proto.graph.initializer if t.data_type == 1 and len(t.dims) > 1
+        }
+        kept = sum(size for name, size in stored.items() if name not in ("r", "b"))
+        assert kept == np.prod(result.model.proto.graph.initializer[0].dims) / 2
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_what_is_timed_is_the_layer(name):
+    """The models that are timed run, and agree: those of every form with that of the dense layer."""
+    entry = {"sparsity": 0.5, "op_names": ["w"], "pattern": "grouped:8"}
+    model = prepare(onnxprune.prune(NETS[name], [entry], keep_shape=True).model)
+    ((layer,), _) = layers(model, *_facts(model, choose(model, None)))
+    data = {"data": np.random.default_rng(2).normal(size=layer.data).astype(F32)}
+    expected = open_session(alone(layer, dense(layer)), threads=1).run(data)
+    for form in forms.candidates(layer).values():
+        (result,) = open_session(alone(layer, form(layer)), threads=1).run(data)
+        assert np.abs(result - expected[0]).max() < 1e-4 * np.abs(expected[0]).max()
+    assert Latencies(timing=False).of(layer)[1] == "estimated"
 
 
 @pytest.mark.parametrize("opset", [11, 13, 17, 21])
-@pytest.mark.parametrize("name", ["conv", "transposed", "gemm transB", "matmul of rank 3", "matmul of a batch"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "conv",
+        "conv 3-d",
+        "transposed",
+        "gemm transB",
+        "matmul of rank 3",
+        "matmul of a batch",
+        "batch of rank 4",
+        "LSTM",
+    ],
+)
 def test_operator_sets(name, opset):
     proto = onnx.ModelProto.FromString(NETS[name].SerializeToString())
     proto.opset_import[0].version = opset
-    model, report = lowered(masked(proto).model, latencies=Always())
+    entry = {"sparsity": 0.5, "op_names": ["w"], "pattern": "grouped:8"}
+    model, report = lowered(onnxprune.prune(proto, [entry], keep_shape=True).model, latencies=Always())
     assert report.rows
     assert report.difference is not None
     assert report.difference < 1e-5
@@ -245,10 +320,23 @@ REFUSED = {
         {"w": np.random.default_rng(0).integers(-9, 9, (48, 32, 3, 3)).astype(np.int8), "s": F32(0.1), "z": np.int8(0)},
         "it is quantised; lower the model before quantising it",
     ),
-    "a batch": (
-        "(float[3, 5, 32] x) => (float[] y) { y = MatMul (x, w) }",
+    "a batch that is spread": (
+        "(float[1, 5, 32] x) => (float[] y) { y = MatMul (x, w) }",
         {"w": np.random.default_rng(0).normal(size=(3, 32, 48)).astype(F32)},
-        "a batch of matrices has no lowered form",
+        "its batch of 3 matrices multiplies one of 1; only equal ones have a form",
+    ),
+    "a batch of an open size": (
+        "(float[N, 3, 5, 32] x) => (float[] y) { y = MatMul (x, w) }",
+        {"w": np.random.default_rng(0).normal(size=(3, 32, 48)).astype(F32)},
+        "its batch of 3 matrices multiplies one of 1x3; only equal ones have a form",
+    ),
+    "recurrent weights": (
+        "(float[5, N, 8] x) => (float[] y) { y = LSTM <hidden_size = 16> (x, v, w) }",
+        {
+            "v": np.random.default_rng(0).normal(size=(1, 64, 8)).astype(F32),
+            "w": np.random.default_rng(0).normal(size=(1, 64, 16)).astype(F32),
+        },
+        "what the LSTM multiplies it by is its own last state, of which nothing can be left out",
     ),
     "the other side": (
         "(float[32, 5] x) => (float[] y) { y = MatMul (w, x) }",
@@ -271,7 +359,9 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_stays_dense_says_why(name):
     text, arrays, reason = REFUSED[name]
-    source = masked(parse(text, **{n: np.asarray(a) for n, a in arrays.items()})).model
+    proto = parse(text, **{n: np.asarray(a) for n, a in arrays.items()})
+    entry = {"sparsity": 0.5, "op_names": ["w"], "pattern": "grouped:8"}
+    source = onnxprune.prune(proto, [entry], keep_shape=True).model
     model, report = lowered(source, latencies=Always())
     assert model is source
     assert [s.reason for s in report.dense] == [reason]

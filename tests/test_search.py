@@ -19,9 +19,9 @@ import pytest
 from onnx import numpy_helper
 
 import onnxprune
-from onnxprune import cli, search
+from onnxprune import cli, curves, search
 from onnxprune.errors import PruneError
-from onnxprune.recipes import Recipe
+from onnxprune.recipes import Recipe, recipes
 from onnxprune.runtime import samples
 from onnxprune.runtime.feeds import load_data
 from onnxprune.runtime.paired import Paired
@@ -114,6 +114,20 @@ def test_latency_is_measured_and_significant(files, tmp_path, monkeypatch):
     assert found.benchmark["significant"]
     assert found.best.value == pytest.approx(1 / found.benchmark["speedup"])
     assert found.benchmark["latency"]["median"] < found.benchmark["baseline"]["median"]
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "sensitivity"])
+def test_grouped_inputs_are_tried_with_measured_latency(files, tmp_path, monkeypatch, allocation):
+    assert Recipe("grouped", allocation) in recipes("latency")
+    monkeypatch.setattr(search, "recipes", lambda target: [Recipe("grouped", allocation)])
+    monkeypatch.setattr(search, "STEPS", 1)
+    asked: list[bool] = []
+    real = curves.measure
+    monkeypatch.setattr(curves, "measure", lambda *a, **more: [asked.append(more["latency"]), real(*a, **more)][1])
+    found = run(files, tmp_path / "o.onnx", target="latency", max_drop=0.99)
+    assert asked == ([True] if allocation == "sensitivity" else [])
+    (tried,) = found.candidates
+    assert tried.value is not None or allocation == "sensitivity"  # so much latency may not be had
 
 
 @pytest.mark.usefixtures("quick")

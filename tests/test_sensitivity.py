@@ -111,6 +111,33 @@ def test_latency_of_groups_is_measured_where_asked(files):
     assert measure(files, pattern="channel", levels=(0.5,)).curves[0].points[0].latency is None
 
 
+def test_latency_of_grouped_inputs_is_that_of_the_lowered_model(files, monkeypatch):
+    """Each weight alone is lowered and timed; the curves then allocate latency."""
+    from onnxprune.lowering import forms, latency, lower
+    from onnxprune.runtime import benchmark
+
+    asked: list[set[str]] = []
+    real = benchmark.benchmark
+
+    def recorded(model, *arguments, **more):
+        asked.append({node.op_type for node in onnx.load(model).graph.node})
+        return real(model, *arguments, **more)
+
+    monkeypatch.setattr(
+        latency.Latencies, "of", lambda _, layer: ({"dense": 1.0, next(iter(forms.candidates(layer))): 0.5}, "measured")
+    )
+    monkeypatch.setattr(lower, "_ratio", lambda *_: 0.5)
+    monkeypatch.setattr(benchmark, "benchmark", recorded)
+    found = measure(files, pattern="grouped:8", levels=(0.5, 0.75), latency=True)
+    assert len(asked) == 2
+    assert all("Gather" in operators for operators in asked)
+    points = [point for curve in found.curves for point in curve.points]
+    assert all(point.latency is not None and point.latency < 1 for point in points)
+    best = max(point.latency for point in points)
+    if best > 0:
+        assert found.allocate(best * 0.99, "latency").keys() == {curve.name for curve in found.curves}
+
+
 @pytest.mark.parametrize("backend", ["loky", pytest.param("dask", marks=pytest.mark.slow)])
 def test_side_by_side_is_one_after_the_other(files, backend):
     alone = measure(files, precision=0.05)

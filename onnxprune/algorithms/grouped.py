@@ -37,6 +37,10 @@ ROUNDS = 12
 SETTLED = 1.002
 """How much better a round has to be for another one to follow."""
 
+MOVED = 1.03
+"""How many times as much groups of scattered outputs have to cover as neighbours do: putting outputs back may take a
+Gather, and where the needs are random it buys nothing."""
+
 
 def grouped(size: int | None = None, parts: int = 1, joint: bool = False) -> Pattern:
     """Groups of `size` outputs, each with inputs of its own, all groups equally many.
@@ -161,14 +165,16 @@ def cluster(profile: np.ndarray, size: int) -> np.ndarray:
     keep = max(1, profile.shape[1] // STEPS)
     bits = 24 - max(profile.shape[1], size).bit_length()  # sums fit the 24 bits of a float32
     needs = in_units(profile, bits)[0].astype(np.float32)
-    most = -1.0
+    most = 0.0
     for members in (best, _assign(needs @ _top(needs[_seeds(needs, count, keep)], keep).T, size)):
         before = -1.0
         for _ in range(ROUNDS):
             totals = _member(members, needs.shape[0]) @ needs
             support = _top(totals, keep)
             covered = float((totals * support).sum(dtype=np.float64))
-            if covered > most:
+            if not most:
+                most = covered * MOVED
+            elif covered > most:
                 best, most = members, covered
             if covered <= before * SETTLED:
                 break

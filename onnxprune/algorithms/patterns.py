@@ -82,6 +82,11 @@ class Pattern:
     coupled: bool = False
     fitted: Callable[[int, bool], Pattern] | None = None
 
+    @property
+    def faster(self) -> bool:
+        """Whether what it removes can leave the graph, so that latency says something."""
+        return self.coupled or self.fitted is not None
+
 
 def parse(text: str) -> Pattern:
     """The pattern of a configuration's spelling: 'unstructured', 'channel', 'head', 'grouped', 'N:M', 'block:RxC'.

@@ -61,7 +61,7 @@ class Cover:
         return Cover(self.outputs, np.pad(self.inputs, pad, "edge"), np.pad(self.live, pad))
 
 
-def cover(live: np.ndarray, parts: int = 1) -> Cover | None:
+def cover(live: np.ndarray, parts: int = 1, joint: bool = False) -> Cover | None:
     """The groups that a weight's zeros allow; None where none leave out enough.
 
     Rows of one support make groups at once. Else rows are put together by likeness, which loses nothing either: a
@@ -70,9 +70,10 @@ def cover(live: np.ndarray, parts: int = 1) -> Cover | None:
     Args:
         live: (outputs, inputs) whether any entry is not zero.
         parts: equal runs of outputs that read inputs of their own, one run's after the other's.
+        joint: whether all outputs are one group, come what may.
     """
     inputs = live.shape[1]
-    found = _exact(live, parts)
+    found = make(live, np.arange(live.shape[0])[None]) if joint else _exact(live, parts)
     if found is None:
         each = live.shape[0] // parts
         sizes = [d for d in range(SMALLEST, each, SMALLEST) if each % d == 0]
@@ -81,7 +82,7 @@ def cover(live: np.ndarray, parts: int = 1) -> Cover | None:
     return found if found is not None and 0 < found.kept <= WORTH * inputs else None
 
 
-def make(live: np.ndarray, members: np.ndarray, parts: int) -> Cover:
+def make(live: np.ndarray, members: np.ndarray, parts: int = 1) -> Cover:
     """The cover that groups of outputs have."""
     inputs = live.shape[1]
     reads = live[members].any(1)

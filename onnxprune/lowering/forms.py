@@ -15,7 +15,7 @@ import onnx
 from onnx import helper
 
 from onnxprune.lowering.cover import Cover
-from onnxprune.lowering.layers import CONVOLUTIONS, Layer
+from onnxprune.lowering.layers import CONVOLUTIONS, RECURRENT, Layer
 
 BLOCK = 16
 """Channels that the kernels of convolutions take at once, at most."""
@@ -59,7 +59,7 @@ Form = Callable[[Layer], Piece]
 
 
 def _start(layer: Layer) -> Piece:
-    return Piece(f"{layer.node.output[0]}/lowered", layer.node.input[0])
+    return Piece(f"{layer.result}/lowered", layer.node.input[0])
 
 
 def packed(layer: Layer, cover: Cover) -> np.ndarray:
@@ -111,7 +111,7 @@ def _grouped(layer: Layer, cover: Cover) -> Piece:
         operands.append(piece.store(layer.bias[cover.outputs.reshape(-1)], "bias"))
     out = piece.add(layer.node.op_type, operands, "grouped", **_attributes(layer, cover.groups))
     _order(piece, cover, out, 1)
-    return piece.end(layer.node.output[0])
+    return piece.end(layer.result)
 
 
 def split(layer: Layer) -> Piece:
@@ -129,17 +129,25 @@ def split(layer: Layer) -> Piece:
         results.append(piece.add(layer.node.op_type, operands, "group", **_attributes(layer, 1)))
     out = piece.add("Concat", results, axis=1)
     _order(piece, cover, out, 1)
-    return piece.end(layer.node.output[0])
+    return piece.end(layer.result)
 
 
 # ---------------------------------------------------------------------------------------------- matrix products
 
 
 def _columns(layer: Layer, piece: Piece) -> tuple[str, list[str]]:
-    """The data with channels before positions, where a Gather moves whole rows; and its shape where it is flattened."""
+    """The data with channels before positions, where a Gather moves whole rows; and its shape where it is flattened.
+
+    The matrices of a batch lie one under the other; their shape is that before they are transposed back.
+    """
     rank, data = len(layer.data), piece.data
-    if rank > 2 and layer.single:
-        return piece.add("Transpose", [data], "columns", perm=[*range(rank - 2), rank - 1, rank - 2]), []
+    if layer.batch > 1 or (rank > 2 and layer.single):
+        columns = piece.add("Transpose", [data], "columns", perm=[*range(rank - 2), rank - 1, rank - 2])
+        if layer.batch == 1:
+            return columns, []
+        flat = piece.store(np.array([layer.batch * layer.data[-1], -1], np.int64), "flat")
+        ends = np.array([*layer.data[:-2], layer.weight.shape[0] // layer.batch, -1], np.int64)
+        return piece.add("Reshape", [columns, flat], "flat"), [piece.store(ends, "shape")]
     shape: list[str] = []
     if rank > 2:
         whole = piece.add("Shape", [data])
@@ -155,6 +163,8 @@ def _back(layer: Layer, piece: Piece, value: str, shape: list[str]) -> Piece:
     """Channels last again, in their order, with the bias."""
     rank = 2 if shape else len(layer.data)
     value = _order(piece, layer.cover, value, rank - 2)
+    if layer.batch > 1:
+        value, shape, rank = piece.add("Reshape", [value, *shape], "batch"), [], len(layer.data)
     value = piece.add("Transpose", [value], "rows", perm=[*range(rank - 2), rank - 1, rank - 2])
     return _finish(layer, piece, value, shape)
 
@@ -164,7 +174,7 @@ def _finish(layer: Layer, piece: Piece, value: str, shape: list[str], bias: bool
         value = piece.add("Add", [value, piece.store(layer.bias, "bias")], "biased")
     if shape:
         piece.add("Reshape", [value, *shape], "unflat")
-    return piece.end(layer.node.output[0])
+    return piece.end(layer.result)
 
 
 def batched(layer: Layer) -> Piece:
@@ -219,11 +229,22 @@ def products(layer: Layer) -> Piece:
     return _finish(layer, piece, out, shape, bias=False)
 
 
+def narrowed(layer: Layer) -> Piece:
+    """A Gather of the inputs that are read, and the recurrent operator with as many fewer: it has no groups."""
+    piece, inputs = _start(layer), layer.cover.inputs[0]
+    node = onnx.NodeProto.FromString(layer.node.SerializeToString())
+    node.input[0] = piece.add("Gather", [piece.data, piece.store(inputs, "inputs")], "gathered", axis=2)
+    node.input[1] = piece.store(layer.operand[..., inputs], "weight")
+    piece.nodes.append(node)
+    return piece
+
+
 FORMS: dict[str, dict[str, Form]] = {
     "Conv": {"grouped": grouped, "padded": padded, "split": split},
     "ConvTranspose": {"grouped": grouped, "split": split},
     "MatMul": {"batched": batched, "pointwise": pointwise, "products": products},
     "Gemm": {"batched": batched, "pointwise": pointwise, "products": products},
+    **{op: {"narrowed": narrowed} for op in sorted(RECURRENT)},
 }
 """Operator -> the names and functions of its forms."""
 
@@ -236,4 +257,6 @@ def candidates(layer: Layer) -> dict[str, Form]:
             forms.pop("padded", None)
         if layer.cover.groups == 1:
             forms.pop("split")
+    if layer.batch > 1:
+        forms.pop("products", None)
     return forms

@@ -16,7 +16,7 @@ from onnx import helper, numpy_helper
 from onnxprune.errors import PruneError
 from onnxprune.graph import saving
 from onnxprune.lowering.forms import Piece, candidates
-from onnxprune.lowering.layers import CONVOLUTIONS, Layer
+from onnxprune.lowering.layers import CONVOLUTIONS, PRODUCTS, RECURRENT, Layer
 from onnxprune.runtime.turns import in_turns, machine
 
 FORMAT = "onnxprune latency table 1"
@@ -139,18 +139,19 @@ def estimate(layer: Layer) -> dict[str, float]:
     if layer.node.op_type in CONVOLUTIONS:
         channels = int(np.prod(layer.data[2:], dtype=np.int64)) * layer.data[0]
         moved = moved * channels // positions
-    else:
-        moved += TURN * (inputs + outputs)
+    elif layer.node.op_type in PRODUCTS:
+        moved += TURN * (inputs * layer.batch + outputs)
     scale = 1e-6
-    times = {DENSE: outputs * inputs * once * scale}
+    states = outputs * layer.attribute("hidden_size") * once if layer.node.op_type in RECURRENT else 0
     first = next(iter(candidates(layer)))
-    return {**times, first: (outputs * cover.kept * once + moved * positions) * scale}
+    lowered = outputs * cover.kept * once + states + moved * positions
+    return {DENSE: (outputs * inputs * once + states) * scale, first: lowered * scale}
 
 
 def _positions(layer: Layer) -> int:
     """How often each entry of the weight is multiplied."""
     if layer.node.op_type not in CONVOLUTIONS:
-        return int(np.prod(layer.data[:-1], dtype=np.int64))
+        return int(np.prod(layer.data[:-1], dtype=np.int64)) // layer.batch
     positions = layer.data[0]
     steps = next((list(a.ints) for a in layer.node.attribute if a.name == "strides"), [1] * (len(layer.data) - 2))
     for size, step in zip(layer.data[2:], steps, strict=True):
@@ -160,7 +161,7 @@ def _positions(layer: Layer) -> int:
 
 def dense(layer: Layer) -> Piece:
     """The node as it stands in the graph."""
-    piece = Piece(layer.node.output[0], layer.node.input[0])
+    piece = Piece(layer.result, layer.node.input[0])
     node = onnx.NodeProto.FromString(layer.node.SerializeToString())
     node.input[1] = piece.store(layer.operand, "weight")
     if layer.bias is not None:
@@ -176,7 +177,13 @@ def alone(layer: Layer, piece: Piece) -> onnx.ModelProto:
     these as well, is put on either side: what a Gather costs to get out of that layout, and back, is so measured.
     """
     nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in piece.nodes]
-    given, result = piece.data, nodes[-1].output[0]
+    given, result, tensors = piece.data, layer.result, dict(piece.tensors)
+    for node in nodes:
+        if node.op_type in RECURRENT:  # states and lengths take no time
+            del node.input[2:]
+            node.input.append("recurrent")
+            directions, rows = layer.operand.shape[:2]
+            tensors["recurrent"] = np.zeros((directions, rows, layer.attribute("hidden_size")), layer.weight.dtype)
     kind = helper.np_dtype_to_tensor_dtype(layer.weight.dtype)
     first, last = "data", result
     if layer.node.op_type in CONVOLUTIONS and len(layer.data) == 4 and kind == onnx.TensorProto.FLOAT:
@@ -193,7 +200,7 @@ def alone(layer: Layer, piece: Piece) -> onnx.ModelProto:
         "layer",
         [helper.make_tensor_value_info("data", kind, layer.data)],
         [onnx.ValueInfoProto(name=last)],
-        [numpy_helper.from_array(values, name) for name, values in piece.tensors.items()],
+        [numpy_helper.from_array(values, name) for name, values in tensors.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", layer.opset)], ir_version=8)
 

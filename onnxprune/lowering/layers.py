@@ -36,6 +36,7 @@ class Layer:
         single: whether all axes of the data but the last two have one position, whatever the open sizes.
         cover: what its zeros allow.
         opset: of the standard operators.
+        parts: equal runs of outputs that read inputs of their own: groups that a convolution has, matrices of a batch.
     """
 
     name: str
@@ -47,11 +48,17 @@ class Layer:
     single: bool
     cover: Cover
     opset: int
+    parts: int = 1
 
     @property
-    def parts(self) -> int:
-        """Groups that the node has as it is."""
-        return self.attribute("group", 1) if self.node.op_type in CONVOLUTIONS else 1
+    def result(self) -> str:
+        """The node's first output that is read."""
+        return next(str(name) for name in self.node.output if name)
+
+    @property
+    def batch(self) -> int:
+        """Matrices that a product has; 1 for what is none."""
+        return self.parts if self.node.op_type in PRODUCTS else 1
 
     @property
     def idle(self) -> bool:
@@ -74,7 +81,7 @@ def layers(model: Model, facts: Facts, others: Facts) -> tuple[list[Layer], list
         others: the same with another choice for what is open.
     """
     opset = next(o.version for o in model.proto.opset_import if o.domain in ("", "ai.onnx"))
-    nodes = {node.output[0]: node for node in model.proto.graph.node if node.output}
+    nodes = {name: node for node in model.proto.graph.node for name in node.output if name}
     found: list[Layer] = []
     skipped: list[Skipped] = []
     for weight in find(model)[0]:
@@ -106,8 +113,8 @@ def _layer(
     opset: int,
 ) -> Layer | str:
     """A layer, or the reason why it stays dense."""
-    node = None if use.site is None else nodes.get(str(use.site.outputs[0].name))
-    reason = _obstacle(use, node, values.ndim)
+    node = None if use.site is None else next((nodes[str(o.name)] for o in use.site.outputs if o.name in nodes), None)
+    reason = _obstacle(use, node)
     if node is None or reason:
         return reason
     name = node.input[0 if use.operand else 1]
@@ -117,11 +124,15 @@ def _layer(
     bias = _bias(model, node, rows.shape[0])
     if isinstance(bias, str):
         return bias
-    found = cover(live, weight.parts if node.op_type in CONVOLUTIONS else 1)
+    batch = values.shape[:-2] if node.op_type in PRODUCTS else ()
+    parts = weight.parts if node.op_type in CONVOLUTIONS else math.prod(batch)
+    if batch and not (shape[:-2] == batch == (other or ())[:-2] or (parts == 1 and len(shape) >= values.ndim)):
+        return f"its batch of {_by(batch)} matrices multiplies one of {_by(shape[:-2])}; only equal ones have a form"
+    found = cover(live, parts, joint=node.op_type in RECURRENT)
     if found is None:
         return "no groups of its outputs share enough zero inputs"
     single = other is not None and math.prod(shape[:-2]) * math.prod(other[:-2]) == 1
-    return Layer(weight.name, node, rows, values, bias, shape, single, found, opset)
+    return Layer(weight.name, node, rows, values, bias, shape, single, found, opset, parts)
 
 
 def _values(model: Model, use: Use) -> np.ndarray:
@@ -137,18 +148,23 @@ def _scaled(expression: ex.Expression) -> bool:
     return any(_scaled(arg) for arg in expression.args)
 
 
-def _obstacle(use: Use, node: onnx.NodeProto | None, rank: int) -> str:
+def _by(sizes: tuple[int, ...]) -> str:
+    return "x".join(map(str, sizes)) or "one"
+
+
+def _obstacle(use: Use, node: onnx.NodeProto | None) -> str:
     """Why a use stays as it is; empty where nothing is against it."""
-    if use.op_type not in CONVOLUTIONS | PRODUCTS or (use.site is not None and use.site.domain not in ("", "ai.onnx")):
+    known = CONVOLUTIONS | PRODUCTS | RECURRENT
+    if use.op_type not in known or (use.site is not None and use.site.domain not in ("", "ai.onnx")):
         return f"{use.op_type} has no lowered form"
+    if use.op_type in RECURRENT and use.operand != 1:
+        return f"what the {use.op_type} multiplies it by is its own last state, of which nothing can be left out"
     if node is None:
         return f"the {use.op_type} is in a sub-graph"
     if _scaled(use.expression):
         return "it is quantised; lower the model before quantising it"
     if use.op_type in PRODUCTS:
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        if rank > 2:
-            return "a batch of matrices has no lowered form"
         if use.operand != 1 or attributes.get("transA", 0):
             return f"the {use.op_type} multiplies it from the other side"
         if attributes.get("alpha", 1.0) != 1.0 or attributes.get("beta", 1.0) != 1.0:
@@ -157,7 +173,7 @@ def _obstacle(use: Use, node: onnx.NodeProto | None, rank: int) -> str:
 
 
 def _bias(model: Model, node: onnx.NodeProto, outputs: int) -> np.ndarray | str | None:
-    if node.op_type == "MatMul" or len(node.input) < 3 or not node.input[2]:
+    if node.op_type == "MatMul" or node.op_type in RECURRENT or len(node.input) < 3 or not node.input[2]:
         return None
     name = node.input[2]
     stored = model.graph.graph.initializers.get(name)

@@ -118,7 +118,7 @@ def lowered(
             slower = f"lowered it takes {times[form] / times[DENSE]:.2f} times as long ({source})"
             skipped.append(Skipped(layer.name, layer.node.op_type, slower))
             continue
-        pieces[layer.node.output[0]] = candidates(layer)[form](layer)
+        pieces[layer.result] = candidates(layer)[form](layer)
         rows.append(_row(layer, form, times, source))
     latencies.save()
     if not pieces and ready is masked:
@@ -185,7 +185,7 @@ def _replaced(ready: Model, pieces: Mapping[str, Piece]) -> Model:
     graph = proto.graph
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
-        piece = pieces.get(node.output[0]) if node.output else None
+        piece = next((pieces[name] for name in node.output if name in pieces), None)
         nodes.extend([node] if piece is None else piece.nodes)
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]

@@ -1,4 +1,7 @@
-"""Grouped inputs, lowered, beside the dense model: `python bench_grouped.py [layers] [norms] [name ...]`.
+"""Grouped inputs, lowered, beside the dense model: `python bench_grouped.py [layers] [norms] [SECTION ...] [name ...]`.
+
+Sections are those of bench_channels.py (structures, transformers, files, keras): each of their architectures is lowered
+wherever its zeros allow, faster or not, and held against the masked model.
 
 Single layers as `onnxprune.prune(pattern="grouped")` makes them, whole networks at their published sizes (random
 weights), and how much of a weight's norm groups keep. For each network channel pruning is put beside it: the share of
@@ -15,15 +18,18 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import onnx
 from _backbones import NETS, write
-from bench_channels import versions
+from bench_channels import short, versions
 from bench_select import processor
 from onnx import TensorProto, helper, numpy_helper
 
@@ -32,6 +38,10 @@ from onnxprune.algorithms.grouped import cluster
 from onnxprune.algorithms.scores import in_units
 from onnxprune.graph.model import load
 from onnxprune.graph.weights import find
+from onnxprune.lowering.forms import candidates
+from onnxprune.lowering.latency import DENSE, Latencies
+from onnxprune.lowering.layers import Layer
+from onnxprune.lowering.lower import lowered
 from onnxprune.runtime.feeds import random_feeds
 from onnxprune.runtime.turns import in_turns
 
@@ -116,6 +126,37 @@ def equal(dense: Path, thin: Path, feed: dict[str, np.ndarray], wanted: float, s
     return found
 
 
+class Everywhere(Latencies):
+    """Times by which every layer gains, most by its first form."""
+
+    def of(self, layer: Layer) -> tuple[dict[str, float], str]:
+        return {DENSE: 1.0, next(iter(candidates(layer))): 0.5}, "estimated"
+
+
+def agreement(words: set[str], share: float) -> Iterator[list[str]]:
+    """One row per architecture: how far lowered and masked are apart where all is lowered that can be."""
+    from _architectures import every
+
+    for architecture in every():
+        if not words & {architecture.section, architecture.name}:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            try:
+                architecture.write(path)
+                entry = {"sparsity": share, "pattern": "grouped", "op_types": "default"}
+                masked = onnxprune.prune(path, [entry], keep_shape=True)
+                _, report = lowered(masked.model, architecture.shapes or None, Everywhere(timing=False))
+            except Exception as error:  # a row of its own
+                yield [architecture.name, "", "", "FAILED", " ".join(f"{type(error).__name__}: {error}".split())]
+                continue
+        reasons = Counter(short(skipped.reason) for skipped in report.dense)
+        apart = "" if report.difference is None else f"{report.difference:.0e}"
+        why = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
+        yield [architecture.name, f"{masked.sparsity:.0%}", f"{len(report.rows)}", apart, why]
+        gc.collect()
+
+
 def norms() -> Iterator[list[str]]:
     """How much of a weight's squared norm a quarter of the inputs keeps: one group, neighbours, clustered."""
     from _architectures import files
@@ -170,8 +211,9 @@ def main() -> None:
     logging.disable(logging.WARNING)
     print(f"{processor()}, {os.cpu_count()} CPUs; {versions()}; one thread\n", flush=True)
     words = options.words or ["layers", "norms", *NETS]
-    if unknown := set(words) - {"layers", "norms", *NETS}:
-        sys.exit(f"not known: {', '.join(sorted(unknown))}; there are layers, norms, {', '.join(NETS)}")
+    if sections := set(words) - {"layers", "norms", *NETS}:
+        header = ["architecture", "removed", "lowered", "difference", "stays dense because"]
+        table(header, agreement(sections, options.share))
     if "layers" in words:
         header = ["layer", "removed", "groups", "form", "speed-up", "of ideal", "0.9 of ideal"]
         table(header, layers(min(options.seconds, 0.5)))
