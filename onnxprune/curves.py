@@ -33,10 +33,11 @@ LEVELS = (0.25, 0.5, 0.7, 0.8, 0.9, 0.95)
 FACTOR_LEVELS = (0.3, 0.6, 0.9)
 """Those of the sensitivity pruner."""
 EVEN = 0.002
-"""Loss that is added to a curve at sparsity s as EVEN * s^2: what cannot be told apart is pruned evenly."""
+"""Cost of outputs that are no floats, at sparsity s EVEN * s^2: what cannot be told apart is pruned evenly."""
 Task = tuple[str, float]
 Named = tuple[Task, dict[str, Any]]
 KINDS = ("parameters", "macs", "latency")
+AGREEMENT = "agreement"
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,9 @@ class Sensitivity:
     def allocate(self, share: float, of: str = "parameters") -> dict[str, float]:
         """The sparsities that reach a total at the least predicted loss: `algorithms.allocate.least_loss`.
 
-        Losses of single weights are taken to add up. To each, EVEN times its squared sparsity is added, so that
-        differences too small to be measured do not decide.
+        Losses of single weights are taken to add up. Without labels that is the outputs' squared error: errors that
+        have nothing to do with each other do add up, and it tells apart what a few hundred equal predictions do not.
+        With labels it is added to the metric's loss.
 
         Args:
             share: what to save: of the weights' entries, the model's MACs or its latency.
@@ -104,10 +106,7 @@ class Sensitivity:
         if of not in KINDS:
             raise PruneError(f"allocating {of!r}: expected one of {', '.join(KINDS)}")
         total, saved_by = self._savings(of)
-        tables = [
-            [(saved_by(point), max(0.0, point.loss) + EVEN * point.level**2) for point in curve.points]
-            for curve in self.curves
-        ]
+        tables = [[(saved_by(point), self._cost(point)) for point in curve.points] for curve in self.curves]
         try:
             saved = allocate.least_loss(tables, share * total)
         except PruneError as error:
@@ -119,6 +118,11 @@ class Sensitivity:
             at = [0.0, *(levels[corner] for corner in corners[1:])]
             shares[curve.name] = float(np.interp(wanted, corners, at))
         return shares
+
+    def _cost(self, point: Point) -> float:
+        if point.error is None:
+            return max(0.0, point.loss) + EVEN * point.level**2
+        return point.error if self.measure == AGREEMENT else max(0.0, point.loss) + point.error
 
     def _savings(self, of: str) -> tuple[float, Callable[[Point], float]]:
         points = [point for curve in self.curves for point in curve.points]
@@ -274,7 +278,7 @@ def measure(
         for curve in curves
         if curve.flat
     ]
-    measured = comparison.metric or "agreement"
+    measured = comparison.metric or AGREEMENT
     return Sensitivity(
         tuple(curves), measured, dataset.samples, entry.pattern, entry.score, probe.macs, probe.skipped, tuple(notes)
     )

@@ -154,7 +154,7 @@ def test_an_interval_holds_what_it_should():
             dense, pruned = u < right, (u < both) | (u > 0.999)
             loss = (dense.mean() - pruned.mean()).item()
             same = float((dense == pruned).mean())
-            found = Evaluation(256, "top-1", 1 - loss, 1.0, Agreement(same, None, None))
+            found = Evaluation(256, "top-1", 1 - loss, 1.0, Agreement(same, None, None, None))
             covered += abs(loss - (right - both - 0.001)) <= half_width(found)
         assert covered / 2000 >= 0.985
 
