@@ -37,7 +37,6 @@ EVEN = 0.002
 Task = tuple[str, float]
 Named = tuple[Task, dict[str, Any]]
 KINDS = ("parameters", "macs", "latency")
-AGREEMENT = "agreement"
 
 
 @dataclass(frozen=True)
@@ -89,9 +88,8 @@ class Sensitivity:
     def allocate(self, share: float, of: str = "parameters") -> dict[str, float]:
         """The sparsities that reach a total at the least predicted loss: `algorithms.allocate.least_loss`.
 
-        Losses of single weights are taken to add up. Without labels that is the outputs' squared error: errors that
-        have nothing to do with each other do add up, and it tells apart what a few hundred equal predictions do not.
-        With labels it is added to the metric's loss.
+        Losses of single weights are taken to add up. To each, the outputs' squared error is added: errors that have
+        nothing to do with each other do add up, and they tell apart what a few hundred predictions do not.
 
         Args:
             share: what to save: of the weights' entries, the model's MACs or its latency.
@@ -106,7 +104,7 @@ class Sensitivity:
         if of not in KINDS:
             raise PruneError(f"allocating {of!r}: expected one of {', '.join(KINDS)}")
         total, saved_by = self._savings(of)
-        tables = [[(saved_by(point), self._cost(point)) for point in curve.points] for curve in self.curves]
+        tables = [[(saved_by(point), _cost(point)) for point in curve.points] for curve in self.curves]
         try:
             saved = allocate.least_loss(tables, share * total)
         except PruneError as error:
@@ -118,11 +116,6 @@ class Sensitivity:
             at = [0.0, *(levels[corner] for corner in corners[1:])]
             shares[curve.name] = float(np.interp(wanted, corners, at))
         return shares
-
-    def _cost(self, point: Point) -> float:
-        if point.error is None:
-            return max(0.0, point.loss) + EVEN * point.level**2
-        return point.error if self.measure == AGREEMENT else max(0.0, point.loss) + point.error
 
     def _savings(self, of: str) -> tuple[float, Callable[[Point], float]]:
         points = [point for curve in self.curves for point in curve.points]
@@ -146,6 +139,10 @@ class Sensitivity:
             "macs": self.macs, "curves": curves, "skipped": [asdict(s) for s in self.skipped],
             "notes": list(self.notes),
         }  # fmt: skip
+
+
+def _cost(point: Point) -> float:
+    return max(0.0, point.loss) + (EVEN * point.level**2 if point.error is None else point.error)
 
 
 def sensitivity(
@@ -278,7 +275,7 @@ def measure(
         for curve in curves
         if curve.flat
     ]
-    measured = comparison.metric or AGREEMENT
+    measured = comparison.metric or "agreement"
     return Sensitivity(
         tuple(curves), measured, dataset.samples, entry.pattern, entry.score, probe.macs, probe.skipped, tuple(notes)
     )

@@ -137,7 +137,7 @@ def run(
         return Result(model, masks, report)
     with model.stage(target, sparse_storage=sparse) as staged:
         evaluation = None if trial is None else trial.evaluate(staged.path)
-        accepted = max_drop is None or evaluation is None or evaluation.loss <= max_drop
+        accepted = max_drop is None or evaluation is None or evaluation.within(max_drop)
         if target is not None and accepted and staged.in_place:
             masks = masks.packed()  # what they are worked out from is about to be replaced
         path = staged.commit() if target is not None and accepted else None

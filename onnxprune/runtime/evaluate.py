@@ -25,6 +25,8 @@ Metric = Callable[[list[Any], Any], Any]
 returns a number, higher is better. Outputs of feeds that do not stack are lists of arrays, one per feed."""
 
 TOP1 = "top-1"
+ROUNDING = 1e-9
+"""What shares of samples may differ by when they are equal: 0.99 - 0.98 is more than 0.01."""
 PROGRESS_AFTER = 2.0
 """Seconds before a progress bar appears."""
 
@@ -74,6 +76,10 @@ class Evaluation:
         if self.agreement.top1 is not None:
             return 1 - self.agreement.top1
         return 1 - (0.0 if self.agreement.cosine is None else self.agreement.cosine)
+
+    def within(self, drop: float) -> bool:
+        """Whether no more than that was lost."""
+        return self.loss <= drop + ROUNDING
 
     def to_dict(self) -> dict[str, Any]:
         """The fields and `drop`, ready for JSON (an infinite difference becomes None; a note says why)."""
