@@ -171,7 +171,11 @@ def prune(
         sizes = _sizes(dense, result, model)
         shown = _as_dict(model, result, sizes, latency)
         if report is not None:
-            shown = _page(report, shown, result, chosen, model)
+            named = {"pruner": pruner, "score": score, "pattern": pattern, "allocation": allocation, "epoch": epoch}
+            flags = {"inexact": inexact, "reconstruct": reconstruct, "compact": compact, "keep_shape": keep_shape}
+            told = {key: value for key, value in {**named, **flags}.items() if value not in (None, False)}
+            told["config_list" if isinstance(chosen, list) else "file"] = chosen
+            shown = _page(report, shown, result, told, model)
     if as_json:
         print_json(shown)
     else:
@@ -457,10 +461,9 @@ def _page(report: Path, shown: dict[str, Any], result: Result, config: Any, mode
     """Write the page; returns its JSON."""
     from onnxprune.report.document import histograms
 
-    told = config if not isinstance(config, str) else {"file": config}
     if result.path is None or os.path.samefile(result.path, model):
-        return reported(report, "prune", shown, told)
-    return reported(report, "prune", shown, told, histograms=histograms(model, result.path))
+        return reported(report, "prune", shown, config)
+    return reported(report, "prune", shown, config, histograms=histograms(model, result.path))
 
 
 def _gate(result: Result, max_drop: float | None) -> str:

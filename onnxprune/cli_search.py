@@ -90,7 +90,11 @@ def sensitivity(
             raise typer.Exit(INTERRUPTED) from None
         shown: dict[str, Any] = {"model": model, **found.to_dict()}
         if output is not None:
-            shown = reported(output, "sensitivity", shown)
+            settings = {"levels": tried, "precision": precision, "latency": latency, "metric": metric, "seed": seed}
+            chosen = {"op_types": op_types, "op_names": op_names, "exclude": exclude}
+            told = {"pattern": pattern, "score": score, **chosen, **settings}
+            told = {key: value for key, value in told.items() if value not in (None, False)}
+            shown = reported(output, "sensitivity", shown, told)
     if as_json:
         print_json(shown)
     else:

@@ -34,7 +34,7 @@ LEVELS = (0.25, 0.5, 0.7, 0.8, 0.9, 0.95)
 FACTOR_LEVELS = (0.3, 0.6, 0.9)
 """Those of the sensitivity pruner."""
 EVEN = 0.002
-"""Loss that is added to a curve at sparsity s as EVEN * s^2: what cannot be told apart is pruned evenly."""
+"""Cost of outputs that are no floats, at sparsity s EVEN * s^2: what cannot be told apart is pruned evenly."""
 Task = tuple[str, float]
 Named = tuple[Task, dict[str, Any]]
 KINDS = ("parameters", "macs", "latency")
@@ -89,8 +89,8 @@ class Sensitivity:
     def allocate(self, share: float, of: str = "parameters") -> dict[str, float]:
         """The sparsities that reach a total at the least predicted loss: `algorithms.allocate.least_loss`.
 
-        Losses of single weights are taken to add up. To each, EVEN times its squared sparsity is added, so that
-        differences too small to be measured do not decide.
+        Losses of single weights are taken to add up. To each, the outputs' squared error is added: errors that have
+        nothing to do with each other do add up, and they tell apart what a few hundred predictions do not.
 
         Args:
             share: what to save: of the weights' entries, the model's MACs or its latency.
@@ -105,10 +105,7 @@ class Sensitivity:
         if of not in KINDS:
             raise PruneError(f"allocating {of!r}: expected one of {', '.join(KINDS)}")
         total, saved_by = self._savings(of)
-        tables = [
-            [(saved_by(point), max(0.0, point.loss) + EVEN * point.level**2) for point in curve.points]
-            for curve in self.curves
-        ]
+        tables = [[(saved_by(point), _cost(point)) for point in curve.points] for curve in self.curves]
         try:
             saved = allocate.least_loss(tables, share * total)
         except PruneError as error:
@@ -143,6 +140,10 @@ class Sensitivity:
             "macs": self.macs, "curves": curves, "skipped": [asdict(s) for s in self.skipped],
             "notes": list(self.notes),
         }  # fmt: skip
+
+
+def _cost(point: Point) -> float:
+    return max(0.0, point.loss) + (EVEN * point.level**2 if point.error is None else point.error)
 
 
 def sensitivity(

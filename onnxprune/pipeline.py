@@ -77,15 +77,18 @@ def run(
             + (f"; and so are {more} more" * (more > 0))
         )
     trial = None if data is None else _Trial.of(source, data, metric, threads)
+    deciding = trial  # calibration data decide, so that what is measured on data has not been seen
+    if calibration is not None:
+        deciding = _Trial.of(source, calibration, metric, threads, None if trial is None else trial.dense)
     calibrated = None
     if config.calibrated:
-        calibrated = _calibrated(source, model, config, weights, trial, calibration, max_memory, threads)
+        calibrated = _calibrated(model, config, weights, deciding, max_memory)
     factors = None
-    if trial is not None and config.pruner == "sensitivity":
-        factors = trial.factors([w.name for _, chosen in config.assign(weights) for w in chosen])
+    if deciding is not None and config.pruner == "sensitivity":
+        factors = deciding.factors([w.name for _, chosen in config.assign(weights) for w in chosen])
     norms = {} if calibrated is None else calibrated.norms(config)
-    if shares is None and trial is not None:
-        shares = trial.shares(config, clock, shapes, norms)
+    if shares is None and deciding is not None:
+        shares = deciding.shares(config, clock, shapes, norms)
     if plan is None:
         decided, misfits = decisions(config, weights, clock, held, factors, norms, shares)
         if calibrated is not None and config.pruner == configuration.SPARSEGPT:
@@ -138,7 +141,7 @@ def run(
         return Result(model, masks, report)
     with model.stage(target, sparse_storage=sparse) as staged:
         evaluation = None if trial is None else trial.evaluate(staged.path)
-        accepted = max_drop is None or evaluation is None or evaluation.loss <= max_drop
+        accepted = max_drop is None or evaluation is None or evaluation.within(max_drop)
         if target is not None and accepted and staged.in_place:
             masks = masks.packed()  # what they are worked out from is about to be replaced
         path = staged.commit() if target is not None and accepted else None
@@ -146,33 +149,18 @@ def run(
 
 
 def _calibrated(
-    source: ModelSource,
-    model: Model,
-    config: configuration.Config,
-    weights: Sequence[Weight],
-    trial: _Trial | None,
-    calibration: Any,
-    max_memory: str | float | None,
-    threads: int | None,
+    model: Model, config: configuration.Config, weights: Sequence[Weight], deciding: _Trial | None, memory: Any
 ) -> Calibrated:
     from onnxprune.layerwise import Calibrated
-    from onnxprune.runtime.feeds import load_data
-    from onnxprune.runtime.session import open_session
 
-    if calibration is None and trial is None:
+    if deciding is None:
         raise PruneError(
             "the configuration asks for calibration data (score 'wanda'); pass some hundred inputs as data or, where "
             "those are for evaluation only, as calibration (--data, --calibration); labels are not needed"
         )
-    if calibration is None:
-        assert trial is not None
-        dataset = trial.dataset
-    else:
-        session = trial.dense if trial is not None else open_session(source, threads=threads)
-        dataset = load_data(calibration, session.inputs)
     if not config.coupled:  # else the weights that read channels lose entries, too
         weights = [weight for _, chosen in config.assign(weights) for weight in chosen]
-    return Calibrated.of(model, weights, dataset, max_memory, threads)
+    return Calibrated.of(model, weights, deciding.dataset, memory, deciding.threads)
 
 
 def _plan(model: Model, shapes: Mapping[str, Sequence[int]] | None, inexact: bool) -> Plan:
@@ -183,7 +171,7 @@ def _plan(model: Model, shapes: Mapping[str, Sequence[int]] | None, inexact: boo
 
 @dataclass(frozen=True, eq=False)
 class _Trial:
-    """The dense model on the user's data: what a pruned one is held against. The data are read once."""
+    """The dense model on data: what a pruned one is held against. The data are read once."""
 
     source: ModelSource
     dense: Session
@@ -192,11 +180,13 @@ class _Trial:
     threads: int | None
 
     @classmethod
-    def of(cls, source: ModelSource, data: Any, metric: Any, threads: int | None) -> _Trial:
+    def of(
+        cls, source: ModelSource, data: Any, metric: Any, threads: int | None, dense: Session | None = None
+    ) -> _Trial:
         from onnxprune.runtime.feeds import load_data
         from onnxprune.runtime.session import open_session
 
-        dense = open_session(source, threads=threads)
+        dense = open_session(source, threads=threads) if dense is None else dense
         return cls(source, dense, load_data(data, dense.inputs), metric, threads)
 
     def evaluate(self, model: Path) -> Evaluation:
@@ -235,7 +225,8 @@ class _Trial:
         from onnxprune.curves import measure
 
         config = configuration.load([entry])
-        given = {"metric": self.metric, "threads": self.threads, **options}
+        metric = self.metric if self.dataset.labelled else None
+        given = {"metric": metric, "threads": self.threads, **options}
         return measure(self.source, self.dataset, config, self.dense, levels=levels, **given)
 
 

@@ -41,6 +41,7 @@ class Point:
         high: its upper end.
         samples: how many were evaluated.
         difference: largest absolute difference of any output element from the dense model's; None is infinite.
+        error: squared differences of the outputs as a share of the dense ones' squares; None where they are no floats.
         macs: multiply-accumulates saved; None where not known.
         latency: share of the dense model's latency saved, measured; None where that was not asked for.
     """
@@ -52,6 +53,7 @@ class Point:
     high: float
     samples: int
     difference: float | None
+    error: float | None = None
     macs: int | None = None
     latency: float | None = None
 
@@ -199,8 +201,9 @@ class Probe:
         difference = None if found.agreement is None else found.agreement.largest_difference
         if difference is not None and not math.isfinite(difference):
             difference = None
+        error = None if found.agreement is None else found.agreement.error
         low, high = found.loss - half, found.loss + half
-        return asdict(Point(level, entries, found.loss, low, high, found.samples, difference, macs))
+        return asdict(Point(level, entries, found.loss, low, high, found.samples, difference, error, macs))
 
 
 def model_of(content: np.ndarray | str) -> Any:

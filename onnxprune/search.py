@@ -23,6 +23,7 @@ from onnxprune.recipes import Recipe, deflated, recipes
 from onnxprune.results import Result, check_target
 from onnxprune.runtime import samples as sampling
 from onnxprune.runtime.benchmark import Benchmark, benchmark
+from onnxprune.runtime.evaluate import ROUNDING
 from onnxprune.runtime.feeds import load_data
 from onnxprune.runtime.paired import Paired, Stopped
 from onnxprune.runtime.session import open_session
@@ -263,6 +264,10 @@ class _Run:
         run.gate.compare(dense, lambda loss, half: True)  # labels that do not fit are told before the search
         return run
 
+    @property
+    def limit(self) -> float:
+        return float(self.options["max_drop"]) + ROUNDING
+
     def late(self) -> bool:
         return self.deadline is not None and time.monotonic() >= self.deadline
 
@@ -287,7 +292,7 @@ class _Run:
                 candidate = self._candidate(recipe, strength)
                 if candidate is None:
                     continue
-                within = candidate.loss is not None and candidate.loss <= self.options["max_drop"]
+                within = candidate.loss is not None and candidate.loss <= self.limit
                 bracket[0 if within else 1] = strength
                 if within and candidate.value is not None:
                     best_seen = min(candidate.value, candidate.value if best_seen is None else best_seen)
@@ -333,7 +338,7 @@ class _Run:
         extra: dict[str, Any] = {}
         with result.model.stage(None) as staged:
             session = open_session(staged.path, threads=options["threads"])
-            limit = options["max_drop"]
+            limit = self.limit
             found, _ = self.search.compare(session, lambda loss, half: loss - half > limit, self.stop.is_set)
             value = None
             if kind == "size":

@@ -41,7 +41,8 @@ def line(candidate: Candidate) -> str:
 def searched(found: Search) -> Iterator[RenderableType]:
     """The frontier, and what was kept."""
     shown = columns("frontier", right=("strength", f"{found.target} left", "points lost", "held back"))
-    for candidate in found.frontier:
+    best = [] if found.best is None or found.best in found.frontier else [found.best]
+    for candidate in sorted([*found.frontier, *best], key=lambda c: c.loss or 0.0):
         held = "" if candidate.held_back is None else f"{100 * candidate.held_back:.2f}"
         mark = " (kept)" if candidate == found.best else ""
         value, loss = percent(candidate.value or 0.0), f"{100 * (candidate.loss or 0.0):.2f}"

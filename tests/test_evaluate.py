@@ -72,7 +72,7 @@ def test_equal_models_agree_exactly() -> None:
     x = np.random.default_rng(0).standard_normal((100, 3)).astype(np.float32)
     x[50] = 0  # a vector of zeros has no direction, and is still like itself
     result = evaluate(linear(weight="0.1,2,3, 4,-5,6, 7,8,9"), {"x": x}, linear(weight="0.1,2,3, 4,-5,6, 7,8,9"))
-    assert result.agreement == module.Agreement(1.0, 1.0, 0.0)
+    assert result.agreement == module.Agreement(1.0, 1.0, 0.0, 0.0)
     assert result.metric is result.score is result.baseline_score is result.drop is None
 
 
@@ -124,7 +124,7 @@ def test_several_inputs_integers_and_dynamic_axes() -> None:
     }
     result = evaluate(model, data, model)  # sums: (3,0) (6,1) -(2,3) (3,2)
     assert result.score == 3 / 4
-    assert result.agreement == module.Agreement(1.0, 1.0, 0.0)
+    assert result.agreement == module.Agreement(1.0, 1.0, 0.0, 0.0)
     assert result.notes == ("output 'z' is not numeric: no cosine, no difference",)
     lengths = [({"ids": [[0] * n], "flip": [False], "name": ["a"]}, 0) for n in (1, 5, 9)]
     assert evaluate(model, lengths).score == 1
@@ -173,7 +173,7 @@ def test_a_feed_may_be_one_sample_without_a_batch_axis() -> None:
     feeds = [({"x": row}, label) for row, label in zip(X, LABELS, strict=True)]
     result = evaluate(identity("float[3]"), feeds, identity("float[3]"))
     assert (result.samples, result.score) == (8, 7 / 8)
-    assert result.agreement == module.Agreement(1.0, 1.0, 0.0)
+    assert result.agreement == module.Agreement(1.0, 1.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_top1_that_is_not_defined(kind: str, outputs: Any, labels: Any, message:
 
 def test_agreement_without_classes_is_said() -> None:
     result = evaluate(identity("float[?]", "Neg"), {"x": [1.5, -2.5]}, identity())
-    assert result.agreement == module.Agreement(None, -1.0, 5.0)
+    assert result.agreement == module.Agreement(None, -1.0, 5.0, 4.0)
     assert result.notes == ("no top-1 agreement: without labels, output 'y' may be a regression's",)
     result = evaluate(identity("float[?, ?, ?]"), {"x": np.ones((2, 3, 4))}, identity("float[?, ?, ?]"))
     assert result.notes == ("top-1 is taken over the 4 classes of output 'y' [2, 3, 4]",)
@@ -283,8 +283,21 @@ def test_an_output_of_another_shape_agrees_with_nothing() -> None:
     )
     result = evaluate(wider, {"x": X, "labels": CLASSES}, linear())
     assert (result.score, result.baseline_score) == (0, 1)
-    assert result.agreement == module.Agreement(0.0, 0.0, math.inf)
+    assert result.agreement == module.Agreement(0.0, 0.0, math.inf, 1.0)
     assert result.notes == ("output 'y' is [8, 4] where the baseline's is [8, 3]",)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_the_error_is_the_share_of_squares(batch: int) -> None:
+    """A literal case: what is not finite counts as if it were 0; outputs count equally, whatever their scale."""
+    pair = "g (float[N, 2] x, float[N, 1] z) => (float[N, 2] y, float[N, 1] u) { y = Identity(x) u = Identity(z) }"
+    broken = pair.replace("y = Identity(x)", "y = Sqrt(x)").replace("Identity(z)", "Neg(z)")
+    x, z = np.array([[1, 4], [9, 0], [-1, 16], [1, 1]]), np.full((4, 1), 1e6)
+    feeds = [{"x": x[i : i + batch], "z": z[i : i + batch]} for i in range(0, 4, batch)]
+    result = evaluate(parse(broken), feeds, parse(pair))
+    lost, whole = np.array([4, 36, 1 + 256, 0]), np.array([17, 81, 257, 2])  # (1, 2) for (1, 4), (3, 0) for (9, 0), NaN
+    assert result.agreement is not None
+    assert result.agreement.error == pytest.approx((lost.sum() / whole.sum() + 4) / 2, rel=1e-6)
 
 
 def test_empty_outputs_agree() -> None:
@@ -293,7 +306,7 @@ def test_empty_outputs_agree() -> None:
         { y = NonZero(x) z = Slice(x, from, from, axis) }"""
     )
     result = evaluate(nothing, {"x": np.zeros((2, 3))}, nothing)
-    assert result.agreement == module.Agreement(None, 1.0, None)
+    assert result.agreement == module.Agreement(None, 1.0, None, 0.0)
     assert "top-1 is not defined for output 'y' int64[2, 0] and no labels" in result.notes[0]
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from onnxprune import cli, curves, search
 from onnxprune.errors import PruneError
 from onnxprune.recipes import Recipe, recipes
 from onnxprune.runtime import samples
+from onnxprune.runtime.evaluate import Evaluation
 from onnxprune.runtime.feeds import load_data
 from onnxprune.runtime.paired import Paired
 from onnxprune.runtime.session import open_session
@@ -99,6 +101,16 @@ def _deflated(path: Path) -> int:
 
     packer = zlib.compressobj(1)
     return len(packer.compress(path.read_bytes())) + len(packer.flush())
+
+
+@pytest.mark.parametrize("drop", [0.01, 0.02, 0.03, 0.07, 0.1])
+def test_a_drop_of_just_so_much_is_within_it(drop):
+    """0.95 - 0.94 is more than 0.01 in binary."""
+    for right in range(11, 101):
+        lost = round(100 * drop)
+        found = Evaluation(100, "top-1", (right - lost) / 100, right / 100, None)
+        assert found.within(drop)
+        assert not replace(found, samples=100, score=(right - lost - 1) / 100).within(drop)
 
 
 def test_latency_is_measured_and_significant(files, tmp_path, monkeypatch):

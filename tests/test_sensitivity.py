@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from onnx import numpy_helper
 import onnxprune
 from onnxprune import curves
 from onnxprune.algorithms.allocate import hull, least_loss
+from onnxprune.curves import Curve, Point, Sensitivity
 from onnxprune.errors import PruneError
 from onnxprune.runtime import samples
 from onnxprune.runtime.evaluate import Agreement, Evaluation
@@ -84,6 +86,7 @@ def test_a_curve_is_pruning_one_weight_and_evaluating(files, pattern, labelled):
             pruned = onnxprune.prune(model, [entry], keep_shape=True)
             evaluation = onnxprune.evaluate(pruned.to_proto(), given, model, threads=1)
             assert point.loss == evaluation.loss
+            assert point.error == pytest.approx(evaluation.agreement.error, rel=1e-9)
             assert (point.low, point.high, point.samples) == (point.loss, point.loss, 600)
             assert point.entries == pruned.report.rows[0].zeros
     flat = [curve.name for curve in found.curves if curve.flat]
@@ -181,7 +184,7 @@ def test_an_interval_holds_what_it_should():
             dense, pruned = u < right, (u < both) | (u > 0.999)
             loss = (dense.mean() - pruned.mean()).item()
             same = float((dense == pruned).mean())
-            found = Evaluation(256, "top-1", 1 - loss, 1.0, Agreement(same, None, None))
+            found = Evaluation(256, "top-1", 1 - loss, 1.0, Agreement(same, None, None, None))
             covered += abs(loss - (right - both - 0.001)) <= half_width(found)
         assert covered / 2000 >= 0.985
 
@@ -243,6 +246,36 @@ class TestAllocation:
         assert len({row.sparsity for row in result.report.rows}) > 1
         uniform = onnxprune.prune(model, [{"sparsity": 0.6}], data=data)
         assert result.evaluation.drop < uniform.evaluation.drop
+
+    @pytest.mark.parametrize("score", ["magnitude", "wanda"])
+    def test_calibration_data_decide_and_need_no_labels(self, files, score):
+        """What the curves of the unlabelled inputs say, whatever is evaluated beside."""
+        model, data = files
+        unlabelled = {"x": np.load(data)["x"][:200]}
+        given = {"score": score, "allocation": "sensitivity", "calibration": unlabelled, "threads": 1}
+        result = onnxprune.prune(model, [{"sparsity": 0.6}], **given)
+        found = onnxprune.sensitivity(model, unlabelled, score=score, jobs=1, progress=False)
+        assert found.measure == "agreement"
+        shares = found.allocate(0.6)
+        for row in result.report.rows:
+            assert abs(row.zeros - row.size * shares[row.name]) <= 1
+        assert result.evaluation is None
+        beside = onnxprune.prune(model, [{"sparsity": 0.6}], data=data, **given)
+        assert beside.masks == result.masks
+        assert beside.evaluation.samples == 600
+
+    def test_the_outputs_error_tells_apart_what_predictions_do_not(self):
+        """All predictions are equal, but the first weight moves the outputs by a tenth of what the second does."""
+        points = [[Point(s, int(100 * s), 0.0, 0.0, 0.01, 256, 1.0, s**2 * cost) for s in (0.25, 0.5, 0.75, 1.0)]
+                  for cost in (0.01, 0.1)]  # fmt: skip
+        made = [Curve(name, "Gemm", 100, tuple(own)) for name, own in zip("ab", points, strict=True)]
+        found = Sensitivity(tuple(made), "agreement", 256, "unstructured", "magnitude", None)
+        assert found.allocate(0.5) == {"a": 1.0, "b": 0.0}
+        assert found.allocate(0.25) == {"a": 0.5, "b": 0.0}
+        lost = replace(made[0], points=tuple(replace(point, loss=point.level) for point in points[0]))
+        assert replace(found, curves=(lost, made[1])).allocate(0.5) == {"a": 0.0, "b": 1.0}
+        blind = [replace(curve, points=tuple(replace(p, error=None) for p in curve.points)) for curve in made]
+        assert replace(found, curves=tuple(blind)).allocate(0.5) == {"a": 0.5, "b": 0.5}
 
     def test_macs_and_latency_are_costs_too(self, files):
         found = measure(files, pattern="channel", latency=True)

@@ -90,7 +90,7 @@ def _sparsity(rows: Sequence[Mapping[str, Any]]) -> Figure:
         "type": "bar", "orientation": "h", "x": [100 * row["sparsity"] for row in rows], "y": list(range(len(rows))),
         "marker": {"color": "--one"}, "hovertext": hover, "hovertemplate": "%{hovertext}<br>%{x:.2f} %<extra></extra>",
     }  # fmt: skip
-    layout = _bars(rows, {"range": [0, 103], "tickvals": [0, 25, 50, 75, 100], "ticksuffix": " %"})
+    layout = _bars(rows, {"range": [0, 103], "tick0": 0, "dtick": 25, "ticksuffix": " %"})
     return Figure("sparsity", "Sparsity per layer", "Share of each weight's entries that are zero.", [bar], layout)
 
 
@@ -102,7 +102,7 @@ def _sizes(rows: Sequence[Mapping[str, Any]]) -> Figure:
     left = {"x": [row["size"] - row["zeros"] for row in rows], "name": "not zero", "marker": {"color": "--two"}}
     told = "%{hovertext}<br>%{fullData.name}: %{x:,}<extra></extra>"
     data = [shared | trace | {"hovertemplate": told} for trace in (whole, left)]
-    layout = _bars(rows, {"type": "log", "dtick": 1, "exponentformat": "SI"})
+    layout = _bars(rows, {"type": "log", "dtick": 1, "tickformat": "~s"})
     note = "Entries of each weight (light) and those that are not zero (dark); the scale is logarithmic."
     return Figure("sizes", "Size per layer", note, data, layout)
 
@@ -167,7 +167,7 @@ def _frontier(document: Mapping[str, Any]) -> Figure:
         "legend": {"orientation": "h", "y": -0.25, "yanchor": "top", "x": 0},
         "shapes": [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": limit, "y1": limit, "line": dashed}],
     }  # fmt: skip
-    note = f"Every model tried; the dashed line is the drop allowed, {limit:g} points."
+    note = f"Models whose {document['target']} was measured; the dashed line is how many points may be lost."
     return Figure("frontier", "Frontier", note, data, layout, wide=True)
 
 
@@ -200,7 +200,7 @@ def _latency(found: Mapping[str, Any]) -> Figure:
     bar = {
         "type": "bar", "orientation": "h", "y": [name for name, *_ in shown], "x": pick("median"),
         "marker": {"color": [colour for *_, colour in shown]},
-        "error_x": {"type": "data", "symmetric": False, "color": "--muted",
+        "error_x": {"type": "data", "symmetric": False, "color": "--text",
                     "array": [latency["high"] - latency["median"] for _, latency, _ in shown],
                     "arrayminus": [latency["median"] - latency["low"] for _, latency, _ in shown]},
         "hovertemplate": "%{y}: %{x:.4g} ms<extra></extra>",

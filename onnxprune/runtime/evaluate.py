@@ -25,6 +25,8 @@ Metric = Callable[[list[Any], Any], Any]
 returns a number, higher is better. Outputs of feeds that do not stack are lists of arrays, one per feed."""
 
 TOP1 = "top-1"
+ROUNDING = 1e-9
+"""What shares of samples may differ by when they are equal: 0.99 - 0.98 is more than 0.01."""
 PROGRESS_AFTER = 2.0
 """Seconds before a progress bar appears."""
 
@@ -39,6 +41,9 @@ class Agreement:
     """Mean cosine similarity over samples and floating outputs; None if there are none."""
     largest_difference: float | None
     """Largest absolute difference of any output element (infinite for NaN or another shape)."""
+    error: float | None
+    """Squared differences as a share of the baseline's squares, mean over floating outputs; None if there are none. A
+    sample that is not finite or of another shape counts as if it were 0."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,10 @@ class Evaluation:
         if self.agreement.top1 is not None:
             return 1 - self.agreement.top1
         return 1 - (0.0 if self.agreement.cosine is None else self.agreement.cosine)
+
+    def within(self, drop: float) -> bool:
+        """Whether no more than that was lost."""
+        return self.loss <= drop + ROUNDING
 
     def to_dict(self) -> dict[str, Any]:
         """The fields and `drop`, ready for JSON (an infinite difference becomes None; a note says why)."""
@@ -201,7 +210,7 @@ class Comparison:
         agreement = None
         if dense is not None:
             same = None if top1 is None else top1.equal / top1.total
-            agreement = Agreement(same, self._likeness.cosine, self._likeness.largest)
+            agreement = Agreement(same, self._likeness.cosine, self._likeness.largest, self._likeness.error)
         return Evaluation(self.samples, name, score, baseline_score, agreement, tuple(notes))
 
 
@@ -286,17 +295,24 @@ def _nan_outputs(session: Session, outputs: list[Any]) -> set[str]:
 
 @dataclass
 class _Likeness:
-    """Running cosine similarity and largest difference over the outputs of two models."""
+    """Running cosine similarity, error and largest difference over the outputs of two models."""
 
     names: Sequence[str]
     largest: float | None = None
     _sums: dict[str, float] = field(default_factory=dict)
+    _squares: dict[str, Array] = field(default_factory=dict)
+    """Output -> sums of the squared differences and of the baseline's squares."""
     _samples: int = 0
     _noted: dict[str, str] = field(default_factory=dict)
 
     @property
     def cosine(self) -> float | None:
         return sum(self._sums.values()) / (self._samples * len(self._sums)) if self._sums else None
+
+    @property
+    def error(self) -> float | None:
+        shares = [float(lost / whole) if whole > 0 else float(lost > 0) for lost, whole in self._squares.values()]
+        return sum(shares) / len(shares) if shares else None
 
     @property
     def notes(self) -> list[str]:
@@ -315,15 +331,26 @@ class _Likeness:
                 self.largest = math.inf
                 if floating:
                     self._sums[name] = self._sums.get(name, 0.0)
+                    self._lose(name, np.full((1, right.size), np.nan), right.reshape(1, -1))
                 continue
             rows = samples if left.ndim and len(left) == samples else 1
             a, b = (array.astype(np.float64).reshape(rows, -1) for array in (left, right))
+            with np.errstate(all="ignore"):
+                differences = np.where(a == b, 0.0, np.abs(a - b))
             if a.size:
-                with np.errstate(all="ignore"):
-                    difference = float(np.where(a == b, 0.0, np.abs(a - b)).max())
+                difference = float(differences.max())
                 self.largest = max(self.largest or 0.0, math.inf if math.isnan(difference) else difference)
             if floating:
                 self._sums[name] = self._sums.get(name, 0.0) + float(_cosine(a, b).sum()) * (samples / rows)
+                self._lose(name, differences, b)
+
+    def _lose(self, name: str, differences: Array, reference: Array) -> None:
+        """Add the squares of some samples."""
+        with np.errstate(all="ignore"):
+            whole = np.square(np.where(np.isfinite(reference), reference, 0.0), dtype=np.float64).sum(1)
+            lost = np.square(differences).sum(1)
+        lost = np.where(np.isfinite(lost), lost, whole)
+        self._squares[name] = self._squares.get(name, 0.0) + np.array([lost.sum(), whole.sum()])
 
 
 def _cosine(a: Array, b: Array) -> Array:
