@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto
 
 from onnxprune.errors import PruneError
-from onnxprune.graph import saving, sparse, valid, wire
+from onnxprune.graph import saving, schemas, sparse, valid, wire
 from onnxprune.graph.assemble import Change
 from onnxprune.graph.saving import PAGE, PROTOBUF_LIMIT, Staged
 from onnxprune.graph.stored import Extent, File, Memory, reading, reason
@@ -262,6 +262,7 @@ def open_proto(proto: onnx.ModelProto, folder: Path | None, path: Path | None) -
         for tensor in tensors(proto):
             valid.check_tensor(tensor, what)
         valid.check_names(proto, what)
+        schemas.check_nodes(proto, what)
         roots = [p for p in (folder, None if path is None else Path(os.path.realpath(path)).parent) if p is not None]
         own = None if path is None else os.path.realpath(path)
         places = valid.check_external(list(external_tensors(proto)), roots, what, own)

@@ -121,9 +121,7 @@ class Tracer:
         Raises:
             Untraceable: an operator on the way neither moves data nor scales it by a constant.
         """
-        resolved = self._resolve(value, scope)
-        assert resolved is not None
-        value, scope = resolved
+        value, scope = self._there(value, scope)
         node = value.producer()
         if node is None:
             assert value.const_value is not None
@@ -168,9 +166,7 @@ class Tracer:
 
     def constant(self, value: ir.Value | None, scope: Scope) -> np.ndarray:
         """A small constant's value, computed with ONNX's reference implementation where it is not stored."""
-        resolved = self._resolve(value, scope)
-        assert resolved is not None
-        value, scope = resolved
+        value, scope = self._there(value, scope)
         node = value.producer()
         if node is None:
             assert value.const_value is not None
@@ -199,9 +195,8 @@ class Tracer:
 
     def _entry(self, node: ir.Node, scope: Scope) -> ex.Expression:
         """An entry of a sequence, as torch exports the projections of cross-attention."""
-        resolved = self._resolve(node.inputs[0], scope)
-        assert resolved is not None
-        maker, within = resolved[0].producer(), resolved[1]
+        sequence, within = self._there(node.inputs[0], scope)
+        maker = sequence.producer()
         index = int(self.constant(node.inputs[1], scope))
         if maker is not None and maker.op_type == "SequenceConstruct":
             return self.trace(maker.inputs[index], within)
@@ -256,10 +251,9 @@ class Tracer:
         return ex.Scale(lambda x: x - zero.astype(x.dtype), arg, _shift_or_none(zero))
 
     def _dequantize(self, node: ir.Node, scope: Scope, attributes: dict[str, Any]) -> ex.Expression:
-        scale = self.constant(node.inputs[1], scope)
+        scale = _real(self.constant(node.inputs[1], scope))
         zero = self._side(node, 2, scope)
-        resolved = self._resolve(node.inputs[0], scope)
-        assert resolved is not None
+        resolved = self._there(node.inputs[0], scope)
         producer = resolved[0].producer()
         if producer is not None and producer.op_type == "QuantizeLinear":  # 0.0 comes back as 0.0
             before = self._side(producer, 2, resolved[1])
@@ -271,8 +265,8 @@ class Tracer:
             raise Untraceable("it is dequantised after it was scaled")
         axis, block = int(attributes.get("axis", 1)), int(attributes.get("block_size", 0))
         shape = _layout(arg).shape
-        spread_scale = ex.per_axis(scale, shape, axis, block)
-        spread_zero = None if zero is None else ex.per_axis(zero, shape, axis, block)
+        spread_scale = _fitting(ex.per_axis(scale, shape, axis, block), shape)
+        spread_zero = None if zero is None else _fitting(ex.per_axis(zero, shape, axis, block), shape)
         return ex.Scale(lambda x: ex.dequantize(x, spread_scale, spread_zero), arg, _shift_or_none(spread_zero))
 
     def _quantised(
@@ -292,9 +286,10 @@ class Tracer:
             elif not self.is_constant(node.inputs[index], scope):
                 raise Untraceable(f"the scale or zero point of {node.op_type} is computed at run time")
             else:
-                parameters.append(role.spread(self.constant(node.inputs[index], scope), shape, attributes))
+                spread = role.spread(self.constant(node.inputs[index], scope), shape, attributes)
+                parameters.append(_fitting(spread, shape))
         scale, zero = parameters
-        factor = np.ones((), np.float32) if scale is None else scale
+        factor = np.ones((), np.float32) if scale is None else _real(scale)
         return ex.Scale(lambda x: ex.dequantize(x, factor, zero), operand, _shift_or_none(zero))
 
     # ------------------------------------------------------------ looking around
@@ -320,7 +315,10 @@ class Tracer:
             value, scope = resolved
             node = value.producer()
             if node is None or self.is_constant(value, scope):
-                stored = op and self.is_constant(value, scope) and len(self.constant_shape(value, scope)) > 1
+                try:
+                    stored = op and self.is_constant(value, scope) and len(self.constant_shape(value, scope)) > 1
+                except Untraceable:
+                    return ""
                 return op if stored else ""
             if node.op_type not in RESHAPING or not node.inputs:
                 return ""
@@ -394,6 +392,13 @@ class Tracer:
             outer = outer.parent
         return self._scopes.setdefault((id(node), scope), Scope(node, function, scope))
 
+    def _there(self, value: ir.Value | None, scope: Scope) -> tuple[ir.Value, Scope]:
+        """Where a value that cannot do without really comes from."""
+        resolved = self._resolve(value, scope)
+        if resolved is None:
+            raise Untraceable("an operand on its way is left out")
+        return resolved
+
     def _resolve(self, value: ir.Value | None, scope: Scope) -> tuple[ir.Value, Scope] | None:
         """Where a value really comes from.
 
@@ -452,6 +457,21 @@ def _constant_inputs(value: ir.Value) -> bool | list[ir.Value]:
     return inputs
 
 
+def _fitting(parameter: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A scale or zero point that can be broadcast to the shape of what it is for."""
+    known = zip(reversed(parameter.shape), reversed(shape), strict=False)
+    if parameter.ndim > len(shape) or any(size not in (1, whole) for size, whole in known):
+        raise Untraceable(f"its scale or zero point of shape {list(parameter.shape)} does not fit {list(shape)}")
+    return parameter
+
+
+def _real(scale: np.ndarray) -> np.ndarray:
+    """A scale that makes real numbers of integers."""
+    if not _is_float(scale.dtype):
+        raise Untraceable(f"its scale is of the type {scale.dtype}, which is no real number")
+    return scale
+
+
 def _is_float(dtype: Any) -> bool:
     return bool(np.issubdtype(dtype, np.floating)) or dtype in (ml_dtypes.bfloat16, np.dtype(ml_dtypes.bfloat16))
 
@@ -465,7 +485,10 @@ def _stored_size(value: ir.Value) -> int:
 
 def _layout(expression: ex.Expression) -> np.ndarray:
     """An array of the operand's shape that costs little."""
-    return ex.push(expression, lambda leaf: np.broadcast_to(np.bool_(False), leaf.shape))
+    try:
+        return ex.push(expression, lambda leaf: np.broadcast_to(np.bool_(False), leaf.shape))
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise Untraceable(f"its layout cannot be computed as the graph describes it: {error}") from error
 
 
 def _shift_or_none(zero: np.ndarray | None) -> np.ndarray | None:
