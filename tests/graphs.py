@@ -217,65 +217,92 @@ def chains(draw: Callable[[Any], Any], longest: int = 7) -> Graph:
     return Graph(model, feed, (kind, *sorted(b.open), *b.steps), b.rough)
 
 
+REAL = (np.float32, np.float16, np.float64)
+
+
+def unfit(model: onnx.ModelProto, inputs: Sequence[Any]) -> str:
+    """Why a case cannot stand between two layers; empty where it can."""
+    if not inputs or not all(isinstance(value, (np.ndarray, np.generic)) for value in inputs):
+        return "an operand is no tensor"
+    if len(model.graph.input) != len(inputs) or any(not value.name for value in model.graph.input):
+        return "an operand is left out"
+    if all(np.asarray(value).dtype not in REAL or not np.ndim(value) for value in inputs):
+        return "no operand with an axis holds real numbers"
+    if not np.size(inputs[_place(inputs)]):
+        return "the operand is empty"
+    if _shape(model.graph.output[0].type) is None:
+        return "the first result is no tensor"
+    return ""
+
+
+def _place(inputs: Sequence[Any]) -> int:
+    return next(i for i, value in enumerate(inputs) if np.asarray(value).dtype in REAL and np.ndim(value))
+
+
+def _shape(kind: onnx.TypeProto) -> list[int] | None:
+    return [d.dim_value for d in kind.tensor_type.shape.dim] if kind.HasField("tensor_type") else None
+
+
+def sandwich(model: onnx.ModelProto, inputs: Sequence[Any], rng: np.random.Generator, convolve: bool) -> Graph:
+    """A case between two layers: products along the last axis, or convolutions of 1x1. All else it takes is stored."""
+    place = _place(inputs)
+    first = np.asarray(inputs[place])
+    kind = helper.np_dtype_to_tensor_dtype(first.dtype)
+    convolve = convolve and first.ndim >= 3 and kind != TensorProto.DOUBLE
+    axis = 1 if convolve else first.ndim - 1
+    given = list(first.shape)
+    given[axis] = 3
+    size = first.shape[axis]
+    shape = (size, 3, *[1] * (first.ndim - 2)) if convolve else (3, size)
+    op = "Conv" if convolve else "MatMul"
+    values = list(model.graph.input)
+    nodes = [helper.make_node(op, ["before", "w_before"], [values[place].name]), *model.graph.node]
+    stored = [numpy_helper.from_array(rng.uniform(-1, 1, shape).astype(first.dtype), "w_before")]
+    stored += [
+        numpy_helper.from_array(np.asarray(a), v.name)
+        for i, (v, a) in enumerate(zip(values, inputs, strict=True))
+        if i != place
+    ]
+    outputs = list(model.graph.output)
+    sizes = _shape(outputs[0].type) or []
+    same = outputs[0].type.tensor_type.elem_type == kind
+    if same and len(sizes) >= (3 if convolve else 1) and all(sizes):
+        behind = sizes[1] if convolve else sizes[-1]
+        shape = (2, behind, *[1] * (len(sizes) - 2)) if convolve else (behind, 2)
+        stored.append(numpy_helper.from_array(rng.uniform(-1, 1, shape).astype(first.dtype), "w_behind"))
+        nodes.append(helper.make_node(op, [outputs[0].name, "w_behind"], ["result"]))
+        outputs[0] = helper.make_tensor_value_info("result", kind, [None] * len(sizes))
+    info = [helper.make_tensor_value_info("before", kind, given)]
+    graph = helper.make_graph(nodes, "g", info, outputs, [*model.graph.initializer, *stored])
+    opsets = {o.domain: o.version for o in model.opset_import}
+    names = {node.op_type for node in model.graph.node if not node.domain}
+    since = [defs.get_schema(name, opsets.get("", OPSET), "").since_version for name in names]
+    opsets[""] = max(OPSET, *since, 0)  # the newest version may be one that onnxruntime does not know
+    imports = [helper.make_opsetid(domain, version) for domain, version in opsets.items()]
+    made = helper.make_model(graph, opset_imports=imports, ir_version=10, functions=model.functions)
+    feed = {"before": rng.uniform(0.1, 1, given).astype(first.dtype)}
+    return Graph(made, feed, (first.dtype.name, op, *sorted(names)), True)
+
+
 @cache
-def atoms() -> dict[str, list[tuple[onnx.ModelProto, list[np.ndarray]]]]:
-    """ONNX's own cases of one node whose first operand is a tensor of real numbers, by operator."""
+def atoms() -> dict[str, list[tuple[onnx.ModelProto, list[Any]]]]:
+    """ONNX's own cases of one node that can stand between two layers, by operator."""
     from test_backend_cases import cases
 
-    found: dict[str, list[tuple[onnx.ModelProto, list[np.ndarray]]]] = {}
+    found: dict[str, list[tuple[onnx.ModelProto, list[Any]]]] = {}
     for model, inputs, _ in cases().values():
-        arrays = all(isinstance(value, (np.ndarray, np.generic)) for value in inputs)
-        if len(model.graph.node) != 1 or not arrays or not inputs or len(model.graph.input) != len(inputs):
-            continue
-        if model.graph.node[0].op_type in {"Scan", "Upsample"}:  # of old operator sets only
-            continue
-        first = np.asarray(inputs[0])
-        if first.dtype == np.float32 and 2 <= first.ndim <= 5 and 0 < first.size < 4000 and first.shape[-1] > 1:
-            found.setdefault(model.graph.node[0].op_type, []).append((model, [np.asarray(i) for i in inputs]))
+        if len(model.graph.node) == 1 and not unfit(model, inputs) and sum(map(np.size, inputs)) < 4000:
+            found.setdefault(model.graph.node[0].op_type, []).append((model, inputs))
+    del found["Scan"], found["Upsample"]  # of old operator sets only
     return found
 
 
 @st.composite
 def sandwiches(draw: Callable[[Any], Any]) -> Graph:
-    """One of ONNX's cases between two products or two convolutions, all its operands but the first stored."""
+    """One of ONNX's cases between two products or two convolutions."""
     table = atoms()
-    op = draw(st.sampled_from(sorted(table)))
-    model, inputs = draw(st.sampled_from(table[op]))
-    return sandwich(model, inputs, np.random.default_rng(draw(st.integers(0, 2**16))), draw(st.sampled_from("12")))
-
-
-def sandwich(model: onnx.ModelProto, inputs: Sequence[np.ndarray], rng: np.random.Generator, along: str) -> Graph:
-    """A case of one node with a layer before and one behind: along the last axis, or by convolutions."""
-    node, first = model.graph.node[0], inputs[0]
-    convolve = along == "2" and first.ndim >= 3
-    axis = 1 if convolve else first.ndim - 1
-    given = list(first.shape)
-    given[axis] = 3
-    ones = [1] * (first.ndim - 2)
-    size = first.shape[axis]
-    weight = rng.uniform(-1, 1, (size, 3, *ones) if convolve else (3, size)).astype(np.float32)
-    op = "Conv" if convolve else "MatMul"
-    name = model.graph.input[0].name
-    nodes = [helper.make_node(op, ["before", "w_before"], [name]), node]
-    stored = [numpy_helper.from_array(weight, "w_before")]
-    stored += [numpy_helper.from_array(a, v.name) for v, a in zip(model.graph.input[1:], inputs[1:], strict=True)]
-    outputs = list(model.graph.output)
-    kind = outputs[0].type.tensor_type
-    sizes = [d.dim_value for d in kind.shape.dim]
-    if kind.elem_type == TensorProto.FLOAT and len(sizes) >= (3 if convolve else 2) and all(sizes):
-        behind = sizes[1] if convolve else sizes[-1]
-        shape = (2, behind, *[1] * (len(sizes) - 2)) if convolve else (behind, 2)
-        stored.append(numpy_helper.from_array(rng.uniform(-1, 1, shape).astype(np.float32), "w_behind"))
-        nodes.append(helper.make_node(op, [outputs[0].name, "w_behind"], ["result"]))
-        outputs[0] = helper.make_tensor_value_info("result", TensorProto.FLOAT, [None] * len(sizes))
-    info = [helper.make_tensor_value_info("before", TensorProto.FLOAT, given)]
-    graph = helper.make_graph(nodes, "g", info, outputs, stored)
-    opsets = {o.domain: o.version for o in model.opset_import}
-    since = defs.get_schema(node.op_type, opsets.get("", OPSET), node.domain).since_version if not node.domain else 0
-    opsets[""] = max(since, OPSET)
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid(d, n) for d, n in opsets.items()], ir_version=10)
-    feed = {"before": rng.uniform(0.1, 1, given).astype(np.float32)}
-    return Graph(made, feed, (op, node.op_type), True)
+    model, inputs = draw(st.sampled_from(table[draw(st.sampled_from(sorted(table)))]))
+    return sandwich(model, inputs, np.random.default_rng(draw(st.integers(0, 2**16))), draw(st.booleans()))
 
 
 def graphs() -> st.SearchStrategy[Graph]:

@@ -19,7 +19,7 @@ import onnxprune
 from onnxprune.graph.model import load
 from onnxprune.structure import explain
 
-SLICE = {"model": 500, "shrink": 250, "config": 800, "masks": 500, "data": 600}
+SLICE = {"model": 300, "shrink": 120, "config": 500, "masks": 300, "data": 400}
 """Target -> how many mutated inputs. The first ones, which are the seeds themselves, are left out."""
 
 
