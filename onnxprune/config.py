@@ -397,7 +397,7 @@ def _short(entry: Mapping[str, Any]) -> str:
 
 
 def _names(names: Iterable[str]) -> str:
-    return ", ".join(f"'{name}'" for name in sorted(names))
+    return ", ".join(f"'{name}'" for name in sorted(names, key=str))
 
 
 def _one_of(value: str, table: Iterable[str]) -> str:

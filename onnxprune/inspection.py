@@ -257,7 +257,8 @@ def _stored(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
 
 
 def _model_input(value: ir.Value, graph: ir.Graph) -> ModelInput:
-    dtype = np.dtype(value.dtype.numpy()) if value.dtype is not None else np.dtype(np.float32)
+    known = value.dtype not in (None, ir.DataType.UNDEFINED)
+    dtype = np.dtype(value.dtype.numpy()) if known and value.dtype is not None else np.dtype(np.float32)
     return ModelInput(str(value.name), dtype, _dims(value) or (), value.name not in graph.initializers)
 
 

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto
 
 from onnxprune.errors import PruneError
-from onnxprune.graph import saving, sparse, valid, wire
+from onnxprune.graph import saving, schemas, sparse, valid, wire
 from onnxprune.graph.saving import PROTOBUF_LIMIT, Staged
 from onnxprune.graph.sliced import PAGE, Sliced
 from onnxprune.graph.stored import Change, Extent, File, Memory, reading, reason
@@ -329,6 +329,7 @@ def _checked(proto: onnx.ModelProto, folder: Path | None, path: Path | None, kno
         for tensor in tensors(proto):
             valid.check_tensor(tensor, what)
         valid.check_names(proto, what)
+        schemas.check_nodes(proto, what)
         if proto.functions:
             valid.check_calls(proto, what)
         sparse.check(proto, subgraphs(proto), what)

@@ -118,7 +118,7 @@ class Tracer:
         attributes = scope.attributes(node)
         try:
             traced = self.trace(node.inputs[role.operand], scope)
-            layout = ex.layout(traced)
+            layout = _layout(traced)
             role.view(layout, attributes)
             if role.zero_point is not None:
                 traced = self._quantised(node, scope, role, traced, layout.shape, attributes)
@@ -134,9 +134,7 @@ class Tracer:
         Raises:
             Untraceable: an operator on the way neither moves data nor scales it by a constant.
         """
-        resolved = self._resolve(value, scope)
-        assert resolved is not None
-        value, scope = resolved
+        value, scope = self._there(value, scope)
         key = (id(value), scope)
         if key not in self._traced:
             if self._height.get(key, 0) > HEIGHT:
@@ -199,9 +197,7 @@ class Tracer:
         Raises:
             Untraceable: it cannot be computed.
         """
-        resolved = self._resolve(value, scope)
-        assert resolved is not None
-        value, scope = resolved
+        value, scope = self._there(value, scope)
         node = value.producer()
         if node is None:
             assert value.const_value is not None
@@ -239,15 +235,14 @@ class Tracer:
         sides = [self._side(node, i, scope) for i in range(1, len(node.inputs))]
         arg = self.trace(node.inputs[0], scope)
         if node.op_type in {"Expand", "Tile", "Gather"}:
-            size = constants.moved(node.op_type, ex.layout(arg).shape, sides, int(attributes.get("axis", 0)))
+            size = constants.moved(node.op_type, _layout(arg).shape, sides, int(attributes.get("axis", 0)))
             _check_growth(size, list(ex.leaves(arg)))
         return ex.Move(lambda x: function(x, *sides, **attributes), (arg,))
 
     def _entry(self, node: ir.Node, scope: Scope) -> ex.Expression:
         """An entry of a sequence, as torch exports the projections of cross-attention."""
-        resolved = self._resolve(node.inputs[0], scope)
-        assert resolved is not None
-        maker, within = resolved[0].producer(), resolved[1]
+        sequence, within = self._there(node.inputs[0], scope)
+        maker = sequence.producer()
         index = int(self.constant(node.inputs[1], scope))
         if maker is not None and maker.op_type == "SequenceConstruct":
             return self.trace(maker.inputs[index], within)
@@ -288,7 +283,7 @@ class Tracer:
         zero = self.constant(node.inputs[1], scope)
         if not ex.as_stored(arg):
             raise Untraceable("a constant is subtracted after it was scaled")
-        shape = ex.layout(arg).shape
+        shape = _layout(arg).shape
         if np.broadcast_shapes(shape, zero.shape) != shape:
             raise Untraceable(
                 f"it is the difference of {list(shape)} and {list(zero.shape)}, the first not of the operand's shape"
@@ -302,10 +297,9 @@ class Tracer:
         return ex.Scale(lambda x: x - zero.astype(x.dtype), arg, _shift_or_none(zero))
 
     def _dequantize(self, node: ir.Node, scope: Scope, attributes: dict[str, Any]) -> ex.Expression:
-        scale = self.constant(node.inputs[1], scope)
+        scale = _real(self.constant(node.inputs[1], scope))
         zero = self._side(node, 2, scope)
-        resolved = self._resolve(node.inputs[0], scope)
-        assert resolved is not None
+        resolved = self._there(node.inputs[0], scope)
         producer = resolved[0].producer()
         if producer is not None and producer.op_type == "QuantizeLinear":  # 0.0 comes back as 0.0
             before = self._side(producer, 2, resolved[1])
@@ -316,9 +310,9 @@ class Tracer:
         if not ex.as_stored(arg):
             raise Untraceable("it is dequantised after it was scaled")
         axis, block = int(attributes.get("axis", 1)), int(attributes.get("block_size", 0))
-        shape = ex.layout(arg).shape
-        spread_scale = ex.per_axis(scale, shape, axis, block)
-        spread_zero = None if zero is None else ex.per_axis(zero, shape, axis, block)
+        shape = _layout(arg).shape
+        spread_scale = _fitting(ex.per_axis(scale, shape, axis, block), shape)
+        spread_zero = None if zero is None else _fitting(ex.per_axis(zero, shape, axis, block), shape)
         return ex.Scale(lambda x: ex.dequantize(x, spread_scale, spread_zero), arg, _shift_or_none(spread_zero))
 
     def _quantised(
@@ -338,9 +332,10 @@ class Tracer:
             elif not self.is_constant(node.inputs[index], scope):
                 raise Untraceable(f"the scale or zero point of {node.op_type} is computed at run time")
             else:
-                parameters.append(role.spread(self.constant(node.inputs[index], scope), shape, attributes))
+                spread = role.spread(self.constant(node.inputs[index], scope), shape, attributes)
+                parameters.append(_fitting(spread, shape))
         scale, zero = parameters
-        factor = np.ones((), np.float32) if scale is None else scale
+        factor = np.ones((), np.float32) if scale is None else _real(scale)
         return ex.Scale(lambda x: ex.dequantize(x, factor, zero), operand, _shift_or_none(zero))
 
     # ------------------------------------------------------------ looking around
@@ -348,7 +343,7 @@ class Tracer:
     def constant_shape(self, value: ir.Value | None, scope: Scope) -> tuple[int, ...]:
         """Shape of a constant value, without computing it where its expression is known."""
         try:
-            return ex.layout(self.trace(value, scope)).shape
+            return _layout(self.trace(value, scope)).shape
         except Untraceable:
             return self.constant(value, scope).shape
 
@@ -366,7 +361,10 @@ class Tracer:
             value, scope = resolved
             node = value.producer()
             if node is None or self.is_constant(value, scope):
-                stored = op and self.is_constant(value, scope) and len(self.constant_shape(value, scope)) > 1
+                try:
+                    stored = op and self.is_constant(value, scope) and len(self.constant_shape(value, scope)) > 1
+                except Untraceable:
+                    return ""
                 return op if stored else ""
             if node.op_type not in RESHAPING or not node.inputs:
                 return ""
@@ -426,6 +424,13 @@ class Tracer:
             return None
         return self._scopes.setdefault((id(node), scope), Scope(node, function, scope))
 
+    def _there(self, value: ir.Value | None, scope: Scope) -> tuple[ir.Value, Scope]:
+        """Where a value that cannot do without really comes from."""
+        resolved = self._resolve(value, scope)
+        if resolved is None:
+            raise Untraceable("an operand on its way is left out")
+        return resolved
+
     def _resolve(self, value: ir.Value | None, scope: Scope) -> tuple[ir.Value, Scope] | None:
         """Where a value really comes from.
 
@@ -484,6 +489,21 @@ def _constant_inputs(value: ir.Value) -> bool | list[ir.Value]:
     return inputs
 
 
+def _fitting(parameter: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A scale or zero point that can be broadcast to the shape of what it is for."""
+    known = zip(reversed(parameter.shape), reversed(shape), strict=False)
+    if parameter.ndim > len(shape) or any(size not in (1, whole) for size, whole in known):
+        raise Untraceable(f"its scale or zero point of shape {list(parameter.shape)} does not fit {list(shape)}")
+    return parameter
+
+
+def _real(scale: np.ndarray) -> np.ndarray:
+    """A scale that makes real numbers of integers."""
+    if not _is_float(scale.dtype):
+        raise Untraceable(f"its scale is of the type {scale.dtype}, which is no real number")
+    return scale
+
+
 def _is_float(dtype: Any) -> bool:
     return bool(np.issubdtype(dtype, np.floating)) or dtype in (ml_dtypes.bfloat16, np.dtype(ml_dtypes.bfloat16))
 
@@ -504,6 +524,14 @@ def _check_growth(size: int, stored: list[ex.Leaf]) -> None:
     kept = sum(math.prod(leaf.shape) for leaf in {id(leaf.value): leaf for leaf in stored}.values())
     if size > GROWN and size > 2 * kept:
         raise Untraceable(f"its {kept} entries are spread to {size}, too many to follow")
+
+
+def _layout(expression: ex.Expression) -> np.ndarray:
+    """An array of the operand's shape that costs little."""
+    try:
+        return ex.layout(expression)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise Untraceable(f"its layout cannot be computed as the graph describes it: {error}") from error
 
 
 def _shift_or_none(zero: np.ndarray | None) -> np.ndarray | None:

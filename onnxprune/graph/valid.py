@@ -94,6 +94,13 @@ def check_tensor(tensor: TensorProto, what: str) -> None:
             need = nbytes(tensor)
     if have != need:
         raise PruneError(_wrong(name, tensor, need, unit, have))
+    filled = [field for field in _FIELDS if len(getattr(tensor, field))] + ["segment"] * tensor.HasField("segment")
+    if len(filled) > 1 or "segment" in filled:
+        raise PruneError(f"{name} has values in several places ({', '.join(filled)}); export the model again")
+
+
+_FIELDS = ("raw_data", "float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
+"""Where a tensor may keep its values."""
 
 
 def _wrong(name: str, tensor: TensorProto, need: int, unit: str, have: int | None) -> str:

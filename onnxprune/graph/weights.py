@@ -318,10 +318,15 @@ def find(model: Model) -> tuple[list[Weight], list[Skipped]]:
         names = frozenset({name, name.rpartition(".")[0], *(use.node for use in uses)}) - {""}
         tensor = entry.leaf.tensor
         storage = TensorStorage(model, tensor)
-        weight = _in_order(
-            Weight(name, (), names, entry.leaf.shape, np.dtype(tensor.dtype.numpy()), storage, tuple(uses), entry.leaf)
-        )
-        if weight.zero_everywhere():
+        dtype = np.dtype(tensor.dtype.numpy())
+        weight = Weight(name, (), names, entry.leaf.shape, dtype, storage, tuple(uses), entry.leaf)
+        try:
+            weight = _in_order(weight)
+            zero = weight.zero_everywhere()
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            skip(entry.leaf.value, entry.where, uses[0].op_type, f"{uses[0].op_type} cannot read it: {error}")
+            continue
+        if zero:
             taken.add(name)
             weights.append(weight)
         else:

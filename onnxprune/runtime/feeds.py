@@ -8,7 +8,6 @@ import math
 import os
 import re
 import sys
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Union
@@ -163,14 +162,18 @@ def _read_npz(path: str) -> Feed:
             content = np.load(file, allow_pickle=False)
             if isinstance(content, np.ndarray):
                 raise PruneError(f"'{path}' holds one unnamed array; save it with np.savez(path, input_name=array)")
-            return {name: content[name] for name in content.files}
+            arrays = {name: content[name] for name in content.files}
+        stray = next((name for name, array in arrays.items() if not isinstance(array, np.ndarray)), None)
+        if stray is not None:
+            raise ValueError(f"'{stray}' in it is no array")
+        return arrays
     except PruneError:
         raise
     except FileNotFoundError:
         raise PruneError(f"no such file: '{path}'; data is an .npz file or 'module:function'") from None
     except OSError as error:
         raise PruneError(f"cannot read '{path}': {error.strerror or error}") from error
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged file makes zipfile, zlib and numpy raise many kinds
         hint = "write it with np.savez, without object arrays"
         raise PruneError(f"'{path}' is no readable .npz file ({error}); {hint}") from error
 

@@ -16,8 +16,8 @@ from onnxprune.algorithms.patterns import Units
 from onnxprune.algorithms.pruner import Clock, target
 from onnxprune.algorithms.scores import BN_SCALE, CALIBRATED, CHANNEL_SCORES, l1
 from onnxprune.config import Config
-from onnxprune.graph.weights import Skipped, check_finite
-from onnxprune.structure.coupling import Coupling, Group
+from onnxprune.graph.weights import Skipped, Weight, check_finite
+from onnxprune.structure.coupling import Coupling, Group, Member
 
 LEAST = 0.1
 """Share of a group's channels that always stays (and one at least)."""
@@ -178,7 +178,8 @@ def units(
     entries = 0
     for member in group.producers:
         weight = coupling.by_name[member.name]
-        entries += weight.size * int(member.places.shape[1]) // weight.shape[member.axis]
+        entries += _lost(weight, member)
+    entries = max(entries, 1)  # channels that nobody reads go like others
     return Units(scores(coupling, group, score, norms), entries, held, (group.size, entries))
 
 
@@ -186,6 +187,15 @@ def _bytes(coupling: Coupling, group: Group) -> int:
     """Of the weights that produce the channels of a group."""
     weights = [coupling.by_name[member.name] for member in group.producers]
     return sum(math.prod(weight.shape) * weight.dtype.itemsize for weight in weights)
+
+
+def _lost(weight: Weight, member: Member) -> int:
+    """How many entries a weight loses with one channel."""
+    size = weight.shape[member.axis]
+    if weight.size == math.prod(weight.shape):
+        return weight.size * int(member.places.shape[1]) // size
+    read = weight.role(_positions(weight.shape, member.axis)).reshape(-1)  # the rest is another operator's, or nobody's
+    return int(np.bincount(read, minlength=size)[member.places].sum(1).max(initial=0))
 
 
 def rounded(group: Group, removed: np.ndarray, score: np.ndarray, align: int, held: np.ndarray | None) -> np.ndarray:

@@ -70,7 +70,7 @@ def cut(proto: onnx.ModelProto, flow: Flow, solution: Solution, dead: np.ndarray
             work.before.clear()
     for graph in subgraphs(proto):
         for tensor in graph.initializer:
-            axes = flow.axes[tensor.name] or ()
+            axes = flow.axes.get(tensor.name) or ()  # what nodes without a rule keep to themselves has none
             if work.touches(axes):
                 fill(tensor, [work.alive(axis) for axis in axes])
         if graph is not proto.graph:

@@ -104,7 +104,11 @@ class _Walk:
     def _node(self, node: onnx.NodeProto) -> None:
         facts = self.facts
         if node.op_type in {"If", "Loop", "Scan"} and node.domain in STANDARD_DOMAINS:
-            self._controlled(node)
+            try:
+                self._controlled(node)
+            except (ArithmeticError, LookupError, ValueError) as error:
+                for name in filter(None, node.output):
+                    facts.unknown.setdefault(name, f"{describe(node)} cannot run as it is written: {error}")
             return
         if node.op_type == "Constant" and node.domain in STANDARD_DOMAINS:
             tensor = constant_tensor(node)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import onnx
 from onnx import TensorProto
 
 from onnxprune.structure.control import CONTROLS, control
-from onnxprune.structure.facts import STANDARD_DOMAINS, Facts, describe
-from onnxprune.structure.labels import Axes, Labels, Misfit
+from onnxprune.structure.facts import STANDARD_DOMAINS, Facts, Shape, bodies, describe
+from onnxprune.structure.labels import Axes, Axis, Labels, Misfit
 from onnxprune.structure.rules import RULES
 from onnxprune.structure.rules.without import WITHOUT
 from onnxprune.structure.site import NoRule, Nulls, Site
@@ -55,7 +55,7 @@ class Flow:
                 self.fix(value.name, f"it is an axis of the graph input '{value.name}'")
         for tensor in graph.initializer:
             self.stored[tensor.name] = tensor
-            self.axes[tensor.name] = tuple(self.labels.fresh(size) for size in tensor.dims)
+            self.axes[tensor.name] = self._axes(tensor.name, tuple(tensor.dims), self.labels.fresh)
             self.nulls[tensor.name] = (True,) * len(tensor.dims)
             self.leaves[tensor.name] = frozenset({tensor.name})
         for node in graph.node:
@@ -82,8 +82,16 @@ class Flow:
     def fix(self, name: str, reason: str) -> None:
         """A value all of whose positions stay."""
         shape = self.facts.shapes.get(name)
-        self.axes[name] = None if shape is None else tuple(self.labels.fixed(size, reason) for size in shape)
+        self.axes[name] = self._axes(name, shape, lambda size: self.labels.fixed(size, reason))
         self.nulls[name] = (True,) * len(shape or ())
+
+    def _axes(self, name: str, shape: Shape | None, label: Callable[[int], Axis]) -> Axes | None:
+        """Labels of a value's axes; none where its shape is not known, or is one that no memory holds."""
+        try:
+            return None if shape is None else tuple(label(size) for size in shape)
+        except Misfit as error:
+            self.facts.unknown[name] = f"'{name}' has the shape {list(self.facts.shapes.pop(name))}: {error}"
+            return None
 
     def _node(self, node: onnx.NodeProto) -> None:
         if node.op_type in CONTROLS and node.domain in STANDARD_DOMAINS:
@@ -112,6 +120,8 @@ class Flow:
             for name in node.output:
                 if name:
                     self.fix(name, reason)
+            for _, body in bodies(node):
+                self._shut(body, reason)
             self._through(site)
             self.refused.append(site)
             return
@@ -126,6 +136,21 @@ class Flow:
             self.solid |= self.leaves.get(node.input[operand], frozenset())
         for operand, (zero_point, along) in site.shifted.items():
             self._shift(node.input[operand], node.input[zero_point], along)
+
+    def _shut(self, graph: onnx.GraphProto, reason: str) -> None:
+        """Nothing in a body that is not followed, and nothing that it reads, loses positions."""
+        for tensor in graph.initializer:
+            self.stored[tensor.name] = tensor
+            self.axes[tensor.name] = self._axes(
+                tensor.name, tuple(tensor.dims), lambda size: self.labels.fixed(size, reason)
+            )
+            self.leaves[tensor.name] = frozenset({tensor.name})
+        for name in (*(name for node in graph.node for name in node.input), *(value.name for value in graph.output)):
+            for axis in self.axes.get(name) or ():
+                self.labels.pin(axis, reason)
+        for node in graph.node:
+            for _, body in bodies(node):
+                self._shut(body, reason)
 
     def _shift(self, name: str, zero_point: str, axis: int) -> None:
         """A stored tensor holds 0 where it holds its zero point."""

@@ -21,8 +21,12 @@ Axis = np.ndarray
 Axes = tuple[Axis, ...]
 
 
+LARGEST = 1 << 26
+"""Positions of an axis that can be followed: beyond it, labels would fill a machine's memory."""
+
+
 class Misfit(ValueError):  # noqa: N818  (a finding, not an error)
-    """Axes that should be alike have different sizes."""
+    """Axes that should be alike have different sizes, or one is too large."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +36,11 @@ class Product:
     cells: np.ndarray
     factors: Axes
     what: str
+
+
+def _check_size(size: int) -> None:
+    if not 0 <= size <= LARGEST:
+        raise Misfit(f"an axis of {size} positions cannot be followed")
 
 
 @dataclass(eq=False)
@@ -47,13 +56,23 @@ class Labels:
     _fixed: dict[int, str] = field(default_factory=dict)
 
     def fresh(self, size: int) -> Axis:
-        """Labels of a new axis whose positions are free of each other."""
+        """Labels of a new axis whose positions are free of each other.
+
+        Raises:
+            Misfit: there are too many.
+        """
+        _check_size(size)
         axis = np.arange(self.count, self.count + size, dtype=np.int64)
         self.count += size
         return axis
 
     def fixed(self, size: int, reason: str) -> Axis:
-        """Labels of a new axis that keeps all its positions: they share one, and it is pinned."""
+        """Labels of a new axis that keeps all its positions: they share one, and it is pinned.
+
+        Raises:
+            Misfit: there are too many.
+        """
+        _check_size(size)
         label = self.fresh(1)
         self._fixed[int(label[0])] = reason
         self._pins.append((label, reason))
