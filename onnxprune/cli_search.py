@@ -92,9 +92,9 @@ def sensitivity(
         if output is not None:
             settings = {"levels": tried, "precision": precision, "latency": latency, "metric": metric, "seed": seed}
             chosen = {"op_types": op_types, "op_names": op_names, "exclude": exclude}
-            told = {"pattern": pattern, "score": score, **chosen, **settings}
-            told = {key: value for key, value in told.items() if value not in (None, False)}
-            shown = reported(output, "sensitivity", shown, told)
+            asked = {"pattern": pattern, "score": score, **chosen, **settings}
+            asked = {key: value for key, value in asked.items() if value not in (None, False)}
+            shown = reported(output, "sensitivity", shown, asked)
     if as_json:
         print_json(shown)
     else:
