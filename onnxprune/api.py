@@ -132,6 +132,8 @@ def prune(
         step: the same for optimizer steps.
         options: `calibration` (what to calibrate on where that is not `data`, in the same forms; labels are not used),
             `max_memory` (for calibrating: bytes, or a text such as '2GB'; a quarter of the machine's unless given),
+            `checkpoint` (a file that each layer is kept in while SparseGPT or reconstruction is at work, so that an
+            interrupted run can go on; it is removed at the end),
             `max_drop` (write nothing where the metric falls by more or, without labels, agreement with the dense
             model is lower than 1 - max_drop), `metric` (a callable or 'module:function'),
             `keep_shape` (zero in place where the pattern is 'channel', 'head' or 'grouped', instead of cutting out and

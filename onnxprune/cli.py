@@ -19,7 +19,17 @@ import typer
 
 from onnxprune import cli_search
 from onnxprune.cli_options import DATA, Baseline, Json, Metric, Model, NoTiming, Report, Shapes, Table, Threads
-from onnxprune.cli_output import INTERRUPTED, check_report, leave, print_json, reported, results_only, say, show
+from onnxprune.cli_output import (
+    INTERRUPTED,
+    check_report,
+    interrupted,
+    leave,
+    print_json,
+    reported,
+    results_only,
+    say,
+    show,
+)
 from onnxprune.errors import PruneError
 
 if TYPE_CHECKING:
@@ -149,7 +159,8 @@ def prune(
     if masks is not None:
         _check_masks(masks, output, model)
     check_report(report, output, model)
-    with results_only():
+    keep = output.with_name(f"{output.name}.checkpoint")
+    with results_only(lambda: interrupted(keep)):
         from onnxprune import api
         from onnxprune.inspection import inspect
         from onnxprune.runtime.feeds import parse_shapes
@@ -163,7 +174,7 @@ def prune(
             reconstruct=reconstruct or None, calibration=calibration, max_memory=max_memory,
             max_drop=max_drop, metric=metric, sparse=sparse, force=force, threads=threads,
             keep_shape=keep_shape, verify=not no_verify, align=_align(align), shapes=shapes, compact=compact,
-            timing=not no_timing, latency_table=latency_table,
+            timing=not no_timing, latency_table=latency_table, checkpoint=keep,
         )  # fmt: skip
         if masks is not None and result.accepted:
             result.masks.save(masks)
@@ -348,8 +359,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # names in a file need not fit the terminal's encoding
     try:
         status = app(args=arguments, prog_name="onnxprune", standalone_mode=False)
-        if status == INTERRUPTED:  # some versions of typer turn the interrupt into a status, others into Abort
-            raise KeyboardInterrupt
         return status if isinstance(status, int) else 0
     except _USAGE_ERRORS as error:
         say(f"error: {_usage(error)}")

@@ -28,12 +28,23 @@ def results_only(told: Callable[[], str] = lambda: "interrupted") -> Iterator[No
     """The work of a command. Stdout is kept for results: what a function or a library prints goes to stderr.
 
     Args:
-        told: what is said where Ctrl-C has to end the process, since a library does not return.
+        told: what is said when it is interrupted.
     """
     from onnxprune import progress
 
-    with contextlib.redirect_stdout(sys.stderr), progress.shown(_bar), _interruptible(told):
-        yield
+    try:
+        with contextlib.redirect_stdout(sys.stderr), progress.shown(_bar), _interruptible(told):
+            yield
+    except KeyboardInterrupt:
+        say(told())
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def interrupted(keep: Path | None) -> str:
+    """What is said of a run that keeps what it has done in a file."""
+    if keep is None or not keep.exists():
+        return "interrupted"
+    return f"interrupted; the same command goes on from here: what was done is kept in '{keep}'"
 
 
 GRACE = 1.0

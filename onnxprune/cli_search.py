@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from onnxprune.cli_options import DATA, Json, Metric, Model, Report, Shapes
-from onnxprune.cli_output import INTERRUPTED, check_report, print_json, reported, results_only, say, show
+from onnxprune.cli_output import INTERRUPTED, check_report, interrupted, print_json, reported, results_only, say, show
 from onnxprune.errors import PruneError
 
 if TYPE_CHECKING:
@@ -68,12 +68,7 @@ def sensitivity(
     tried = None if levels is None else _numbers(levels)
     keep = None if output is None else output.with_name(f"{output.name}.checkpoint")
 
-    def told() -> str:
-        if keep is None or not keep.exists():
-            return "interrupted"
-        return f"interrupted; the same command goes on from here: measurements are kept in '{keep}'"
-
-    with results_only(told):
+    with results_only(lambda: interrupted(keep)):
         from onnxprune import curves
         from onnxprune.runtime.feeds import parse_shapes
 
@@ -86,8 +81,7 @@ def sensitivity(
             )  # fmt: skip
         except KeyboardInterrupt:
             curves.end_processes()
-            say(told())
-            raise typer.Exit(INTERRUPTED) from None
+            raise
         shown: dict[str, Any] = {"model": model, **found.to_dict()}
         if output is not None:
             settings = {"levels": tried, "precision": precision, "latency": latency, "metric": metric, "seed": seed}
@@ -147,6 +141,7 @@ def auto(
 
         show(tables_search.searched(found))
     if found.ended == "interrupted":
+        say("interrupted")
         raise typer.Exit(INTERRUPTED)
     if found.best is None:
         say(f"gate not met: no model was within {max_drop:g} on the data held back; nothing was written")

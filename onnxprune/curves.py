@@ -6,6 +6,7 @@ import hashlib
 import os
 import pickle
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -309,16 +310,15 @@ def key(content: np.ndarray | str, dataset: Dataset, options: Mapping[str, Any])
     return {**digests, "options": dict(options), "version": __version__}
 
 
-_probes: dict[str, Probe] = {}
-"""The one a process works with, by digest."""
+_thread = threading.local()
+"""The probe that a thread, most often the only one of a process, works with: it changes its model in place."""
 
 
 def _measured(name: str, blob: Any, metric: Any, task: Task) -> Named:
     """What a process is asked to do."""
-    if name not in _probes:
-        _probes.clear()
-        _probes[name] = Probe.of(pickle.loads(memoryview(blob)))
-    return task, _probes[name].measured(*task, metric)
+    if getattr(_thread, "name", None) != name:
+        _thread.name, _thread.probe = name, Probe.of(pickle.loads(memoryview(blob)))
+    return task, _thread.probe.measured(*task, metric)
 
 
 def _run(

@@ -7,22 +7,29 @@ that from those rows it comes as close as it can to what it computed in the dens
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 
+from onnxprune._version import __version__
 from onnxprune.algorithms import reconstruct as least_squares
 from onnxprune.algorithms.patterns import Pattern, parse
 from onnxprune.algorithms.reconstruct import Moments
 from onnxprune.algorithms.scores import CALIBRATED
 from onnxprune.algorithms.sparsegpt import sparsegpt
+from onnxprune.checkpoint import Checkpoint
 from onnxprune.config import SPARSEGPT, Config
 from onnxprune.errors import PruneError
 from onnxprune.graph import expression as ex
 from onnxprune.graph.companions import bias, only_reader, readers, stored
 from onnxprune.graph.model import Model
+from onnxprune.graph.stored import CHUNK
 from onnxprune.graph.weights import FLOATS, Skipped, Weight, find
 from onnxprune.runtime.calibrate import Calibration, Layer, calibration, find_layers, moments, norms
 from onnxprune.runtime.feeds import Dataset
@@ -103,8 +110,38 @@ class Calibrated:
         copy.origin = self.model.origin
         return copy
 
+    def checkpoint(
+        self, path: str | os.PathLike[str] | None, config: Config, masks: Mapping[str, np.ndarray]
+    ) -> Checkpoint:
+        """What an interrupted run of `apply` has left, if anything, before the model is edited.
+
+        Raises:
+            PruneError: the file is no checkpoint, or another run's.
+        """
+        if path is None:
+            return Checkpoint(None, {})
+        states = {name: hashlib.blake2b(digest_size=16) for name in ("model", "data", "options")}
+        states["model"].update(self.model.proto.SerializeToString(deterministic=True))
+        for file in self.model.data.values():
+            for start in range(0, file.size, CHUNK):
+                states["model"].update(file.read(start, CHUNK))
+        for feed in self.data.feeds:
+            for name, array in feed.items():
+                states["data"].update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+        told = [config.pruner, config.reconstruct, config.source, self.data.memory, self.data.threads]
+        states["options"].update(json.dumps(told, default=str).encode())
+        for name, mask in masks.items():
+            states["options"].update(name.encode() + np.packbits(mask).tobytes())
+        key = {name: state.hexdigest() for name, state in states.items()}
+        return Checkpoint.open(path, {**key, "version": __version__})
+
     def apply(
-        self, config: Config, weights: Sequence[Weight], masks: Mapping[str, np.ndarray], dense: Model
+        self,
+        config: Config,
+        weights: Sequence[Weight],
+        masks: Mapping[str, np.ndarray],
+        dense: Model,
+        keep: Checkpoint | None = None,
     ) -> dict[str, np.ndarray]:
         """Choose and update entries by SparseGPT, and refit what survives, as a configuration asks.
 
@@ -114,6 +151,7 @@ class Calibrated:
             masks: stored tensor -> True where it is kept; put into the model already. For SparseGPT, they say how many
                 entries of each weight go.
             dense: the model before.
+            keep: what each step is kept in, so that an interrupted run can go on.
 
         Returns:
             The masks, as SparseGPT chose them where it did.
@@ -121,7 +159,8 @@ class Calibrated:
         chosen = {w.name: parse(config.entries[i].pattern) for i, own in config.assign(weights) for w in own}
         found, fixed = parts([layer for layer in self.layers if layer.weight.name in masks])
         fixed |= {name: reason for name, reason in self.reasons.items() if name in masks}
-        refit = Refit(self.model, dense, self.data, {name: np.array(mask) for name, mask in masks.items()})
+        copies = {name: np.array(mask) for name, mask in masks.items()}
+        refit = Refit(self.model, dense, self.data, copies, keep or Checkpoint(None, {}))
         instead = "pruned by magnitude and " if config.pruner == SPARSEGPT else ""
         self.notes.extend(f"'{name}' is {instead}not refitted: {reason}" for name, reason in fixed.items())
         refit.run(found, chosen if config.pruner == SPARSEGPT else {}, config.reconstruct)
@@ -203,6 +242,7 @@ class Refit:
         dense: the model before; it is not changed.
         data: what both run on.
         masks: stored tensor -> True where it is kept; changed where SparseGPT chooses.
+        keep: the steps that are done.
         notes: what a user should know about the data.
     """
 
@@ -210,6 +250,7 @@ class Refit:
     dense: Model
     data: Calibration
     masks: dict[str, np.ndarray]
+    keep: Checkpoint
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -220,7 +261,9 @@ class Refit:
         self.read = readers(self.flat.proto.graph)
         self.now, self.before = self.data.stream(self.model), self.data.stream(self.dense)
         self._last: tuple[object, tuple[Moments, Moments]] | None = None
+        self._passed: object = None
         self._few: list[tuple[str, int, int]] = []
+        self._changed: dict[str, np.ndarray] = {}
 
     def run(self, found: Sequence[Part], patterns_: Mapping[str, Pattern], reconstruct: bool) -> None:
         """Settle parts, and norms between them, in the order they run.
@@ -234,12 +277,50 @@ class Refit:
         if reconstruct:
             nodes = enumerate(self.flat.proto.graph.node)
             steps += [(place, node) for place, node in nodes if node.op_type == "BatchNormalization"]
-        for place, step in sorted(steps, key=lambda pair: pair[0]):
+        for index, (place, step) in enumerate(sorted(steps, key=lambda pair: pair[0])):
+            kept = self.keep.arrays(str(index))
+            if kept is not None:
+                self._repeat(step, place, reconstruct, kept)
+                self._few += [tuple(few) for few in self.keep.records[str(index)]]
+                continue
+            self._changed, told = {}, len(self._few)
             if isinstance(step, Part):
                 self._settle(step, patterns_.get(step.weight.name), reconstruct)
             else:
                 self._normalise(step, place)
+            self.keep.add(str(index), self._few[told:], self._changed)
         self.notes += _too_few(self._few)
+
+    def _repeat(self, step: Part | onnx.NodeProto, place: int, reconstruct: bool, kept: Mapping[str, bytes]) -> None:
+        """Go past a step that an interrupted run has done: the streams go on alike, and so does what they give."""
+        if isinstance(step, Part):
+            self._pass(step, reconstruct)
+        elif not self._is_shared(step):
+            for stream in (self.now, self.before):
+                for _ in stream.read([step.input[0]], place):
+                    pass
+        for key, content in kept.items():
+            kind, name = key.split(" ", 1)
+            if kind == "mask":
+                self.masks[name][...] = np.frombuffer(content, np.bool_).reshape(self.masks[name].shape)
+                continue
+            tensor = self.tensors[name] if kind == "vector" else self._tensor(step)
+            array = np.frombuffer(content, tensor.dtype.numpy()).reshape(tensor.shape.numpy())
+            self.model.edit(tensor, lambda _, array=array: array)  # type: ignore[misc]
+
+    def _tensor(self, step: Part | onnx.NodeProto) -> ir.TensorProtocol:
+        assert isinstance(step, Part)
+        return step.weight.leaf.tensor
+
+    def _pass(self, part: Part, reconstruct: bool) -> None:
+        key = (part.layers[0].inputs, part.groups.tobytes())
+        if self._passed == key and len(part.layers) == 1:
+            return
+        self._passed = key if len(part.layers) == 1 else None
+        names = sorted({name for layer in part.layers for name in layer.inputs.values})
+        for stream in (self.now, self.before) if reconstruct else (self.now,):
+            for _ in stream.read(names, part.place):
+                pass
 
     def _settle(self, part: Part, pattern: Pattern | None, reconstruct: bool) -> None:
         weight = part.weight
@@ -261,6 +342,7 @@ class Refit:
         if reconstruct:
             values = self._refitted(part, original, values, keep, halves)
         flat[part.places] = values.astype(array.dtype)
+        self._changed |= {f"weight {weight.name}": array, f"mask {weight.name}": self.masks[weight.name]}
         self.model.edit(tensor, lambda _: array)
 
     def _sums(self, part: Part, reconstruct: bool) -> tuple[Moments, Moments]:
@@ -304,8 +386,8 @@ class Refit:
     def _normalise(self, node: onnx.NodeProto, place: int) -> None:
         """Give a BatchNorm statistics with which its output has the mean and the deviation that it had."""
         names = node.input[3:5]
-        if any(name not in self.tensors or len(self.read[name]) > 1 for name in names):
-            return  # computed, or shared with another norm
+        if self._is_shared(node):
+            return
         moved = [_statistics(stream.read([node.input[0]], place)) for stream in (self.now, self.before)]
         (mean, variance), (mean_before, variance_before) = moved
         alive = (variance > 0) & (variance_before > 0)
@@ -313,12 +395,17 @@ class Refit:
         self._store(names[0], lambda old: np.where(alive, mean - (mean_before - old) * np.sqrt(ratio), old))
         self._store(names[1], lambda old: old * ratio)
 
+    def _is_shared(self, node: onnx.NodeProto) -> bool:
+        """Whether a norm's statistics are computed, or those of another one too."""
+        return any(name not in self.tensors or len(self.read[name]) > 1 for name in node.input[3:5])
+
     def _store(self, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
         """Give a stored vector new values, computed from the dense model's; what a mask zeroes stays zero."""
         before = self.dense.read(self.originals[name])
         after = change(before.astype(np.float64)).astype(before.dtype)
         if name in self.masks:
             after[~self.masks[name]] = 0
+        self._changed[f"vector {name}"] = after
         self.model.edit(self.tensors[name], lambda _: after)
 
 

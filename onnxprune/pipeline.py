@@ -15,6 +15,7 @@ from onnxprune import config as configuration
 from onnxprune import progress
 from onnxprune.algorithms.cuts import Zeroing
 from onnxprune.algorithms.pruner import Clock, Decision, decide, decisions, target
+from onnxprune.checkpoint import Checkpoint
 from onnxprune.errors import PruneError
 from onnxprune.graph.masks import Masks
 from onnxprune.graph.model import Model, ModelSource, load
@@ -54,6 +55,7 @@ def run(
     calibration: Any = None,
     max_memory: str | float | None = None,
     shares: Mapping[str, float] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Result:
     """Prune with a validated configuration: decide, edit, evaluate, gate, write. See `prune`."""
     if max_drop is not None and data is None:
@@ -110,13 +112,16 @@ def run(
     groups = () if plan is None else plan.groups
     report = Report(tuple(rows.values()), (*misfits, *others, *untouched), groups)
     dense = None if calibrated is None else calibrated.duplicate()
+    keep = Checkpoint(None, {})
+    if calibrated is not None and config.refits:
+        keep = calibrated.checkpoint(checkpoint, config, masks)
     if plan is None:
         for decision in decided.values():
             _edit(model, decision)
     else:
         plan.zero(kept)
     if calibrated is not None and dense is not None and config.refits:
-        masks = Masks(calibrated.apply(config, weights, dict(masks), dense))
+        masks = Masks(calibrated.apply(config, weights, dict(masks), dense, keep))
         after = {w.name: row(w, masks[w.name]) for w in weights if w.name in rows}
         rows = {name: replace(after[name], zeros_before=before.zeros_before) for name, before in rows.items()}
         report = replace(report, rows=tuple(rows.values()))
@@ -138,6 +143,7 @@ def run(
         report = replace(report, lowering=lowering)
     note(model, config, report, clock)
     if trial is None and target is None:
+        keep.done()
         return Result(model, masks, report)
     with model.stage(target, sparse_storage=sparse) as staged:
         evaluation = None if trial is None else trial.evaluate(staged.path)
@@ -145,6 +151,7 @@ def run(
         if target is not None and accepted and staged.in_place:
             masks = masks.packed()  # what they are worked out from is about to be replaced
         path = staged.commit() if target is not None and accepted else None
+    keep.done()
     return Result(model, masks, report, evaluation, path, accepted)
 
 
