@@ -168,7 +168,7 @@ def _calibrated(
         assert trial is not None
         dataset = trial.dataset
     else:
-        session = trial.dense if trial is not None else open_session(source, threads=threads)
+        session = trial.dense if trial is not None else open_session(source, threads=threads, lean=True)  # never run
         dataset = load_data(calibration, session.inputs)
     if not config.coupled:  # else the weights that read channels lose entries, too
         weights = [weight for _, chosen in config.assign(weights) for weight in chosen]
