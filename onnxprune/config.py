@@ -270,6 +270,12 @@ class Config(BaseModel):
         return self.refits or any(entry.score in CALIBRATED for entry in self.entries if not entry.exclude)
 
     @property
+    def measured(self) -> bool:
+        """Whether data decide by what the model makes of them: it runs, once and again."""
+        asked = any(entry.allocation == "sensitivity" for entry in self.entries if not entry.exclude)
+        return asked or self.pruner == "sensitivity"
+
+    @property
     def refits(self) -> bool:
         """Whether the values of what survives change, too."""
         return self.reconstruct or self.pruner == SPARSEGPT

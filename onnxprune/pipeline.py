@@ -81,7 +81,8 @@ def run(
     trial = None if data is None else _Trial.of(source, data, metric, threads)
     deciding = trial  # calibration data decide, so that what is measured on data has not been seen
     if calibration is not None:
-        deciding = _Trial.of(source, calibration, metric, threads, None if trial is None else trial.dense)
+        dense = None if trial is None else trial.dense
+        deciding = _Trial.of(source, calibration, metric, threads, dense, lean=not config.measured)
     calibrated = None
     if config.calibrated:
         calibrated = _calibrated(model, config, weights, deciding, max_memory)
@@ -111,7 +112,7 @@ def run(
     others = [Skipped(w.name, w.op_type, "the configuration leaves it out") for w in weights if w.name not in told]
     groups = () if plan is None else plan.groups
     report = Report(tuple(rows.values()), (*misfits, *others, *untouched), groups)
-    dense = None if calibrated is None else calibrated.duplicate()
+    unedited = None if calibrated is None else calibrated.duplicate()
     keep = Checkpoint(None, {})
     if calibrated is not None and config.refits:
         keep = calibrated.checkpoint(checkpoint, config, masks)
@@ -120,8 +121,8 @@ def run(
             _edit(model, decision)
     else:
         plan.zero(kept)
-    if calibrated is not None and dense is not None and config.refits:
-        masks = Masks(calibrated.apply(config, weights, dict(masks), dense, keep))
+    if calibrated is not None and unedited is not None and config.refits:
+        masks = Masks(calibrated.apply(config, weights, dict(masks), unedited, keep))
         after = {w.name: row(w, masks[w.name]) for w in weights if w.name in rows}
         rows = {name: replace(after[name], zeros_before=before.zeros_before) for name, before in rows.items()}
         report = replace(report, rows=tuple(rows.values()))
@@ -188,12 +189,18 @@ class _Trial:
 
     @classmethod
     def of(
-        cls, source: ModelSource, data: Any, metric: Any, threads: int | None, dense: Session | None = None
+        cls,
+        source: ModelSource,
+        data: Any,
+        metric: Any,
+        threads: int | None,
+        dense: Session | None = None,
+        lean: bool = False,
     ) -> _Trial:
         from onnxprune.runtime.feeds import load_data
         from onnxprune.runtime.session import open_session
 
-        dense = open_session(source, threads=threads) if dense is None else dense
+        dense = open_session(source, threads=threads, lean=lean) if dense is None else dense
         return cls(source, dense, load_data(data, dense.inputs), metric, threads)
 
     def evaluate(self, model: Path) -> Evaluation:

@@ -97,6 +97,41 @@ def test_channels_take_the_memory_of_one_layer(shape: str, external: bool, tmp_p
     assert peaks[1] - peaks[0] < 40
 
 
+ANON = """
+import sys, threading, time
+import onnxprune
+from onnxprune.runtime import stream
+
+stream._machine = lambda: 1 << 30
+peak, done = 0, threading.Event()
+
+def watch():
+    global peak
+    while not done.is_set():
+        line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+        peak = max(peak, int(line.split()[1]) // 1024)
+        time.sleep(0.005)
+
+thread = threading.Thread(target=watch)
+thread.start()
+result = onnxprune.prune(sys.argv[1], [{"sparsity": 0.5, "pattern": "channel"}], sys.argv[2])
+done.set()
+thread.join()
+print(peak, result.report.difference)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_a_model_larger_than_memory_is_checked(tmp_path: Path) -> None:
+    """onnxruntime runs the zeroed and the cut model with their weights mapped: nothing else would fit."""
+    write(tmp_path / "model.onnx", 20, external=True)
+    command = [sys.executable, "-c", ANON, tmp_path / "model.onnx", tmp_path / "out.onnx"]
+    peak, difference = subprocess.run(command, capture_output=True, check=True).stdout.split()
+    assert int(peak) < 400  # of 1,340 MB
+    assert 0 < float(difference) < 1e-5
+
+
 def test_the_written_models_are_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "SIDE", 600)
     for external in (False, True):

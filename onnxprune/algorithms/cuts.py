@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ import numpy as np
 
 from onnxprune import progress
 from onnxprune.algorithms.select import (
-    CHUNK,
     GUESSES,
     KEYS,
     MAX_THREADS,
@@ -29,10 +29,10 @@ from onnxprune.algorithms.select import (
     THREADED,
     Bag,
     bracket,
-    scratch,
     where,
 )
 from onnxprune.errors import PruneError
+from onnxprune.graph.stored import CHUNK
 from onnxprune.graph.values import Values
 from onnxprune.graph.weights import Weight
 
@@ -85,11 +85,12 @@ class Cut:
         return max(self.removed, self.zeros)
 
     def gone(self, values: Values, part: Array, start: int) -> Array:
-        """Which of the values go, of a part in memory order that starts at an element."""
-        keys = _keys(part, self.dtype)
+        """Which of the values go, of a part in memory order that starts at an element; the thread's own buffer."""
+        keys = _keys(part, self.dtype, _scratch("keys", KEYS[self.dtype], part.size))
+        gone = _scratch("gone", np.bool_, part.size)
         if self.last >= values.size - 1:
-            return np.less_equal(keys, self.key)
-        gone = np.less(keys, self.key)
+            return np.less_equal(keys, self.key, out=gone)
+        np.less(keys, self.key, out=gone)
         if self.last >= 0:
             ties = where(np.equal(keys, self.key))
             gone[ties[values.places(ties + start) <= self.last]] = True
@@ -190,9 +191,19 @@ def _keys(part: Array, dtype: np.dtype[Any], out: Array | None = None) -> Array:
     key = KEYS[dtype]
     part = part if part.dtype == dtype else part.astype(dtype)
     magnitude = key.type(np.iinfo(key).max >> 1)
-    return np.asarray(
-        np.bitwise_and(part.view(key), magnitude, out=None if out is None else out.view(key)[: part.size])
-    )
+    return np.asarray(np.bitwise_and(part.view(key), magnitude, out=None if out is None else out.view(key)))
+
+
+_THREAD = threading.local()
+
+
+def _scratch(name: str, dtype: Any, size: int) -> Array:
+    """A thread's own buffer, kept: touching fresh memory costs more than the work on it."""
+    found: Array | None = getattr(_THREAD, name, None)
+    if found is None or found.size < size or found.dtype != dtype:
+        found = np.empty(size, dtype)
+        setattr(_THREAD, name, found)
+    return found[:size]
 
 
 @dataclass(frozen=True)
@@ -208,9 +219,10 @@ class _Span:
     def chunks(self, dtype: np.dtype[Any]) -> Iterator[tuple[Array, int]]:
         """Keys (in the thread's buffer) and where in memory order they start."""
         at = self.start
-        buffer = scratch("values")[: CHUNK // dtype.itemsize * self.values.dtype.itemsize]
+        buffer = _scratch("values", np.uint8, CHUNK // dtype.itemsize * self.values.dtype.itemsize)
         for part in self.values.chunks(self.start, self.stop, buffer):
-            yield _keys(part, dtype, scratch("keys")), at
+            own = self.values.in_file and part.dtype == dtype
+            yield _keys(part, dtype, part if own else _scratch("keys", KEYS[dtype], part.size)), at
             at += part.size
 
 
@@ -359,8 +371,8 @@ def _tally(span: _Span, search: _Search, left: int, right: int, bag: Bag, first:
     """Gather what is in [left, right), unless that is a single key; count what is less, what is inside, and zeros."""
     below = inside = zeros = 0
     for keys, at in span.chunks(search.dtype):
-        less = np.less(keys, left, out=scratch("less")[: keys.size])
-        within = np.less(keys, right, out=scratch("within")[: keys.size])
+        less = np.less(keys, left, out=_scratch("less", np.bool_, keys.size))
+        within = np.less(keys, right, out=_scratch("within", np.bool_, keys.size))
         below += int(np.count_nonzero(less))
         within ^= less
         if right - left > 1:

@@ -73,7 +73,12 @@ class Session:
 
 
 def open_session(
-    model: ModelSource, *, threads: int | None = None, label: str | None = None, spinning: bool = False
+    model: ModelSource,
+    *,
+    threads: int | None = None,
+    label: str | None = None,
+    spinning: bool = False,
+    lean: bool = False,
 ) -> Session:
     """Load a model on onnxruntime's CPU provider.
 
@@ -83,6 +88,8 @@ def open_session(
         threads: intra-op threads; None takes every CPU this process may use.
         label: what messages call the model; default its path, or "the model".
         spinning: whether idle threads spin, which makes other processes slower.
+        lean: leave weights of external data files where they are, mapped, instead of copying them into another layout:
+            slower runs, and hardly any memory.
 
     Raises:
         PruneError: the file is missing or no valid model, a ModelProto keeps data in external files, or
@@ -99,6 +106,9 @@ def open_session(
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
     options.log_severity_level = 4  # what matters comes as an exception
+    if lean:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
 
     def create(source: str | bytes) -> Any:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])

@@ -57,11 +57,14 @@ def difference(
     """
     from onnxprune.runtime.feeds import random_feeds
     from onnxprune.runtime.session import open_session
+    from onnxprune.runtime.stream import parse_memory
 
     worst = 0.0
     with contextlib.ExitStack() as stack:
-        paths = [stack.enter_context(model.stage(None)).path for model in (masked, shrunk)]
-        before, after = (open_session(path) for path in paths)
+        staged = [stack.enter_context(model.stage(None)) for model in (masked, shrunk)]
+        paths = [model.path for model in staged]
+        lean = any(model.size > parse_memory(None) for model in staged)
+        before, after = (open_session(path, lean=lean) for path in paths)
         for sizes in (shapes, *(other for other in others if other != shapes)):
             feed, _ = random_feeds(paths[0], sizes, SEED, inputs=before.inputs)
             try:

@@ -1,14 +1,14 @@
 """What pruning costs, beside copying and beside what people use instead: `python bench_files.py`.
 
-What stands in one row of the table of ratios was measured side by side, in turns; medians, or the least where it says
-so. Wall-clock time is what counts; processor time stands beside it because other work on the machine stretches the one
-and hardly the other. Files are made in --folder, removed afterwards, and synced before each run, so that nobody pays
-for the writing of others. `prune` is a whole process, fsync included, with --no-benchmark.
+What stands in one row of the table of ratios was measured side by side, in turns; of each the least time counts, since
+other work on the machine only ever adds to it. Wall-clock time is what counts; processor time stands beside it. Files
+are made in --folder, removed afterwards, and synced before each run, so that nobody pays for the writing of others.
+`prune` is a whole process, fsync included, with --no-benchmark.
 
 Peers that live in other interpreters are named by `--peer-python nni=/path/python` (nni, tfmot, onnxsim); torch is used
 where this one has it. `--only` takes some of the tables, `--quick` smaller files and fewer rounds, `--parameters` some
 sizes of models. `--into FILE` puts what was measured into a JSON file, from which later runs with the same option print
-and plot, too.
+and plot, too. The plot needs matplotlib.
 """
 
 from __future__ import annotations
@@ -16,155 +16,25 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import itertools
 import json
-import math
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx
+from _files import BARS, COLUMNS, GB, LOADED, ROWS, Cost, bar, clear, least, row, run, table, timed, write_model
+from _sizes import CURVES, MEMORY, conclude, plot, sizes
 from bench_select import SIDE, SPARSITY, extra_memory, processor, prune
-from onnx import TensorProto, helper
 
 HERE = Path(__file__).parent
-ROWS = 2048
-"""Of the matrices that the models are made of, 4.2 M entries each."""
-GB = 1e9
-COLUMNS = "{:52}{:>10}{:>10}{:>10}{:>10}"
-
-CHILD = """
-import json, sys, time
-import onnxprune
-onnxprune.prune(sys.argv[1], [{"sparsity": 0.5}])
-config = [{"sparsity": 0.8, "allocation": sys.argv[4]}]
-wall, cpu = time.perf_counter(), time.process_time()
-onnxprune.prune(sys.argv[2], config, sys.argv[3])
-wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(json.dumps([wall, cpu, int(peak.split()[1]) * 1024]))
-"""
-
-LOADED = """
-import sys
-import numpy as np, onnx
-from onnx import numpy_helper
-model = onnx.load(sys.argv[1])
-for tensor in model.graph.initializer:
-    weight = numpy_helper.to_array(tensor)
-    size = np.abs(weight)
-    count = int(0.8 * weight.size)
-    kept = size > np.partition(size, count - 1, axis=None)[count - 1]
-    tensor.raw_data = (weight * kept).tobytes()
-onnx.save(model, sys.argv[2], save_as_external_data=len(sys.argv) > 3)
-"""
-
-
-class Cost(NamedTuple):
-    """Seconds of wall-clock and processor time, and bytes of memory at most."""
-
-    wall: float
-    cpu: float
-    memory: float
-
-
-def run(*command: object) -> Cost:
-    """A whole process."""
-    start = time.perf_counter()
-    child = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL)
-    _, status, used = os.wait4(child.pid, 0)
-    child.returncode = status
-    if status:
-        raise SystemExit(f"{command} failed")
-    return Cost(time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
-
-
-def timed(work: Callable[[], object]) -> Cost:
-    wall, cpu = time.perf_counter(), time.process_time()
-    work()
-    return Cost(time.perf_counter() - wall, time.process_time() - cpu, 0.0)
-
-
-def median(costs: Sequence[Cost]) -> Cost:
-    return Cost(*(statistics.median(part) for part in zip(*costs, strict=True)))
-
-
-def row(name: str, cost: Cost, *more: str) -> None:
-    print(COLUMNS.format(name, f"{cost.wall:.3f}", f"{cost.cpu:.3f}", *more, *[""] * (2 - len(more))), flush=True)
-
-
-BARS: dict[str, list[tuple[int, str, str, str, bool]]] = {}
-"""The table of ratios, part by part: the bar's number, what is measured, the figure, its limit, whether that holds."""
-
-
-def bar(number: int, what: str, figure: float, limit: float, least: bool = False, unit: str = "x") -> None:
-    met = figure >= limit if least else figure <= limit
-    at = f"{'at least' if least else 'at most'} {limit:.3g} {unit}"
-    BARS[list(BARS)[-1]].append((number, what, f"{figure:.3g} {unit}", at, met))
-    print(f"bar {number}: {what}: {figure:.3g} {unit} ({at}): {'met' if met else 'NOT MET'}", flush=True)
-
-
-def table() -> None:
-    print("\n| bar | what | measured | bar | met |\n|---|---|---|---|---|")
-    for number, what, figure, limit, met in sorted(itertools.chain(*BARS.values()), key=lambda row: row[0]):
-        print(f"| {number} | {what} | {figure} | {limit} | {'yes' if met else 'NO'} |")
-
-
-def write_model(path: Path, matrices: int, external: bool) -> int:
-    """A chain of MatMuls with random weights, made by another process: the memory of this one counts for its children.
-
-    Returns:
-        The bytes of the weights.
-    """
-    subprocess.run([sys.executable, __file__, "--make", path, str(matrices), str(int(external))], check=True)
-    return matrices * ROWS**2 * 4
-
-
-def make_model(path: Path, matrices: int, external: bool) -> None:
-    base = np.random.default_rng(0).standard_normal((ROWS, ROWS), dtype=np.float32)
-    names = ["x", *(f"y{i}" for i in range(matrices))]
-    nodes = [helper.make_node("MatMul", [names[i], f"w{i}"], [names[i + 1]]) for i in range(matrices)]
-    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", ROWS]) for name in ("x", names[-1])]
-    graph = helper.make_graph(nodes, "g", ports[:1], ports[1:])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    data = path.with_name(f"{path.name}.data")
-    with open(data, "wb") if external else open(os.devnull, "wb") as file:
-        for i in range(matrices):
-            tensor = graph_tensor(model, f"w{i}")
-            content = np.roll(base, i * 977)
-            if external:
-                tensor.data_location = TensorProto.EXTERNAL
-                for key, value in (("location", data.name), ("offset", i * base.nbytes), ("length", base.nbytes)):
-                    tensor.external_data.add(key=key, value=str(value))
-                file.write(content)
-            else:
-                tensor.raw_data = content.tobytes()
-    path.write_bytes(model.SerializeToString())
-    os.sync()
-
-
-def graph_tensor(model: onnx.ModelProto, name: str) -> TensorProto:
-    return model.graph.initializer.add(name=name, data_type=TensorProto.FLOAT, dims=[ROWS, ROWS])
-
-
-def clear(folder: Path, keep: str) -> None:
-    for path in folder.iterdir():
-        if not path.name.startswith(keep):
-            path.unlink()
-    os.sync()
-
-
-# ------------------------------------------------------------------ the tables
 
 
 def one_matrix(peers: dict[str, str], rounds: int) -> None:
@@ -182,17 +52,17 @@ def one_matrix(peers: dict[str, str], rounds: int) -> None:
             times[name].append(timed(work))
     print(f"\n{SIDE} x {SIDE} float32 to {SPARSITY:.0%}, select and apply, in memory")
     print(COLUMNS.format("", "s", "cpu s", "x ours", ""))
-    least = {name: min(costs) for name, costs in times.items()}
-    ours = least["onnxprune, one thread"]
-    for name in works:
-        row(name, least[name], f"{least[name].wall / ours.wall:.2f}")
+    found = {name: least(costs) for name, costs in times.items()}
+    ours = found["onnxprune, one thread"]
+    for name, cost in found.items():
+        row(name, cost, f"{cost.wall / ours.wall:.2f}")
     if importlib.util.find_spec("torch"):
         from bench_select import torch_l1
 
         work = torch_l1(matrix)
         torch_times = [timed(work) for _ in range(2)]
         row("torch.nn.utils.prune.l1_unstructured", min(torch_times), f"{min(torch_times).wall / ours.wall:.1f}")
-    passes = ours.wall / least["one read-and-write pass"].wall
+    passes = ours.wall / found["one read-and-write pass"].wall
     bar(1, "one matrix of 16.8 M, one read-and-write pass", passes, 6)
     if torch_times:
         bar(1, "torch l1_unstructured, the same matrix", min(torch_times).wall / ours.wall, 50, least=True)
@@ -288,7 +158,7 @@ def files(folder: Path, gb: float, rounds: int) -> None:
     clear(folder, "nothing")
     print(f"\na model of {size / GB:.2f} GB, whole processes")
     print(COLUMNS.format("", "s", "cpu s", "MB", "x cp"))
-    found = {name: median(costs) for name, costs in times.items()}
+    found = {name: least(costs) for name, costs in times.items()}
     cp, synced, ours, alone, loaded = found.values()
     for name, cost in found.items():
         row(name, cost, f"{cost.memory / 1e6:.0f}", f"{cost.wall / cp.wall:.1f}")
@@ -321,7 +191,7 @@ def startup(rounds: int) -> None:
     print("\nto begin with: whole processes")
     print(COLUMNS.format("", "s", "cpu s", "MB", ""))
     for work, (_, limit) in works.items():
-        cost = median(times[work])
+        cost = least(times[work])
         row(work, cost, f"{cost.memory / 1e6:.0f}")
         if limit:
             bar(5, work, cost.wall, limit, unit="s")
@@ -346,97 +216,10 @@ def simplifier(folder: Path, peers: dict[str, str], rounds: int) -> None:
     clear(folder, "nothing")
     print(f"\na model of {size / GB:.2f} GB, whole processes")
     print(COLUMNS.format("", "s", "cpu s", "MB", "x ours"))
-    ours, theirs = (median(costs) for costs in times.values())
+    ours, theirs = (least(costs) for costs in times.values())
     for name, cost in zip(works, (ours, theirs), strict=True):
         row(name, cost, f"{cost.memory / 1e6:.0f}", f"{cost.wall / ours.wall:.1f}")
     bar(3, f"{size / GB:.2g} GB, onnxsim's magnitude pruning: ours", theirs.wall / ours.wall, 4, least=True)
-
-
-MEMORY: list[float] = []
-CURVES: dict[str, list[tuple[int, float]]] = {}
-"""Of the plot: what is measured -> parameters, and ns for each."""
-
-OURS = "onnxprune, each weight"
-LINES = {OURS: "uniform", "onnxprune, global": "global"}
-
-
-def sizes(folder: Path, parameters: Sequence[float], rounds: int, save: Callable[[], None]) -> None:
-    """Bars 4 and 7."""
-    small = folder / "keep-small.onnx"
-    write_model(small, 1, True)
-    print("\none process each: seconds without interpreter and imports; memory of all of it")
-    print(COLUMNS.format("parameters", "s", "cpu s", "ns each", "MB"))
-
-    def found(name: str, count: int, cost: Cost) -> None:
-        each = cost.wall / count * 1e9
-        points = CURVES.setdefault(name, [])
-        points[:] = sorted([point for point in points if point[0] != count] + [(count, each)])
-        row(f"{count / 1e6:.0f} M, {name}", cost, f"{each:.2f}", f"{cost.memory / 1e6:.0f}" * (name in LINES))
-
-    for wanted in parameters:
-        matrices = math.ceil(wanted / ROWS**2)
-        path = folder / "keep-large.onnx"
-        count = write_model(path, matrices, True) // 4
-        costs: dict[str, list[Cost]] = {name: [] for name in (*LINES, "cp", "cp, then sync")}
-        for _ in range(rounds if wanted < 5e8 else 1):
-            for name, allocation in LINES.items():
-                clear(folder, "keep-")
-                command = [sys.executable, "-c", CHILD, small, path, folder / "out.onnx", allocation]
-                told = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True).stdout
-                costs[name].append(Cost(*json.loads(told)))
-            copy, sync = f"cp {path}.data {folder}/copy", f"sync {folder}/copy"
-            for name, shell in (("cp", copy), ("cp, then sync", f"{copy} && {sync}")):
-                clear(folder, "keep-")
-                costs[name].append(run("sh", "-c", shell))
-        for name, of in costs.items():
-            found(name, count, median(of))
-            MEMORY.extend([median(of).memory / 1e6] if name in LINES else [])
-        if wanted <= 3e8:
-            clear(folder, "keep-")
-            found("load, np.partition, save", count, run(sys.executable, "-c", LOADED, path, folder / "out.onnx", "e"))
-        if wanted <= 1e8 and importlib.util.find_spec("torch"):
-            found("torch l1_unstructured, in memory", count, Cost(torch_each(matrices), 0.0, 0.0))
-        clear(folder, "keep-small")
-        save()
-    clear(folder, "nothing")
-
-
-def conclude() -> None:
-    """Bars 4 and 7, of all sizes measured."""
-    sizes_ = [count for count, _ in CURVES[OURS]]
-    bar(4, f"peak memory, {sizes_[0] * 4 / GB:.2g} to {sizes_[-1] * 4 / GB:.2g} GB", max(MEMORY), 400, unit="MB")
-    for name in LINES:
-        each = [ns for _, ns in CURVES[name]]
-        what = f"{name}, {sizes_[0] / 1e6:.0f} M to {sizes_[-1] / 1e9:.2g} G: most per parameter / least"
-        bar(7, what, max(each) / min(each), 1.3)
-
-
-def torch_each(matrices: int) -> float:
-    import torch
-    from torch.nn.utils import prune as torch_prune
-
-    layer = torch.nn.Linear(ROWS, ROWS, bias=False)
-    return min(timed(lambda: torch_prune.l1_unstructured(layer, "weight", SPARSITY)).wall for _ in range(2)) * matrices
-
-
-def plot(lines: dict[str, list[tuple[int, float]]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "onnxprune"
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6.4, 3.6))
-    for name, points in lines.items():
-        style = "-" if name.startswith("onnxprune") else "--"
-        axes.loglog(*zip(*points, strict=True), style, marker="o", markersize=3, label=name)
-    axes.set_xlabel("parameters")
-    axes.set_ylabel("ns per parameter")
-    axes.grid(True, which="major", alpha=0.3)
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None, "Creator": None})
-    print(f"plotted: {path.name}")
 
 
 def bridges(rounds: int) -> None:
@@ -459,13 +242,13 @@ def bridges(rounds: int) -> None:
         updates.append(timed(lambda epoch=epoch: pruner.update_epoch(epoch)))  # type: ignore[misc]
     print("\nResNet-50 in torch")
     print(COLUMNS.format("", "s", "cpu s", "x ours", ""))
-    ours = median(updates)
+    ours = least(updates)
     row("update_epoch", ours)
     exported = {}
     for name, export in EXPORTS.items():
         with quiet():
             try:
-                exported[name] = median([timed(lambda export=export: export(model, inputs)) for _ in range(rounds)])  # type: ignore[misc]
+                exported[name] = least([timed(lambda export=export: export(model, inputs)) for _ in range(rounds)])  # type: ignore[misc]
             except Exception:
                 continue
         row(f"export: {name}", exported[name], f"{exported[name].wall / ours.wall:.1f}")
@@ -477,7 +260,7 @@ def bridges(rounds: int) -> None:
         for layer in layers:
             torch_prune.remove(*layer)
 
-    theirs = median([timed(globally) for _ in range(rounds)])
+    theirs = least([timed(globally) for _ in range(rounds)])
     row("torch global_unstructured", theirs, f"{theirs.wall / ours.wall:.1f}")
     bar(6, "torch global_unstructured: update_epoch, ResNet-50", theirs.wall / ours.wall, 50, least=True)
     cheapest = min(cost.wall for cost in exported.values())
@@ -553,7 +336,4 @@ def versions(peers: dict[str, str]) -> str:
 PACKAGES = {"tfmot": "tensorflow-model-optimization"}
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--make"]:
-        make_model(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "1")
-    else:
-        main()
+    main()

@@ -1,0 +1,118 @@
+"""What pruning a file costs for each parameter, and in memory, whatever the size of the model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from _files import COLUMNS, GB, LOADED, ROWS, Cost, bar, clear, least, row, run, timed, write_model
+from bench_select import SPARSITY
+
+CHILD = """
+import json, sys, time
+import onnxprune
+onnxprune.prune(sys.argv[1], [{"sparsity": 0.5}])
+config = [{"sparsity": 0.8, "allocation": sys.argv[4]}]
+wall, cpu = time.perf_counter(), time.process_time()
+onnxprune.prune(sys.argv[2], config, sys.argv[3])
+wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps([wall, cpu, int(peak.split()[1]) * 1024]))
+"""
+
+MEMORY: list[float] = []
+CURVES: dict[str, list[tuple[int, float]]] = {}
+"""Of the plot: what is measured -> parameters, and ns for each."""
+
+OURS = "onnxprune, each weight"
+LINES = {OURS: "uniform", "onnxprune, global": "global"}
+
+
+def sizes(folder: Path, parameters: Sequence[float], rounds: int, save: Callable[[], None]) -> None:
+    """Bars 4 and 7."""
+    small = folder / "keep-small.onnx"
+    write_model(small, 1, True)
+    print("\none process each: seconds without interpreter and imports; memory of all of it")
+    print(COLUMNS.format("parameters", "s", "cpu s", "ns each", "MB"))
+
+    def found(name: str, count: int, cost: Cost) -> None:
+        each = cost.wall / count * 1e9
+        points = dict(CURVES.get(name, []))
+        points[count] = min(each, points.get(count, each))
+        CURVES[name] = sorted(points.items())
+        MEMORY.extend([cost.memory / 1e6] if name in LINES else [])
+        row(f"{count / 1e6:.0f} M, {name}", cost, f"{each:.2f}", f"{cost.memory / 1e6:.0f}" * (name in LINES))
+        save()
+
+    for wanted in parameters:
+        matrices = math.ceil(wanted / ROWS**2)
+        path = folder / "keep-large.onnx"
+        count = write_model(path, matrices, True) // 4
+        costs: dict[str, list[Cost]] = {}
+        for _ in range(3 * rounds if wanted < 1e8 else rounds if wanted < 5e8 else 1):
+            for name, allocation in LINES.items():
+                clear(folder, "keep-")
+                command = [sys.executable, "-c", CHILD, small, path, folder / "out.onnx", allocation]
+                told = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True).stdout
+                costs.setdefault(name, []).append(Cost(*json.loads(told)))
+                if wanted >= 5e8:
+                    found(name, count, costs[name][0])
+            copy, sync = f"cp {path}.data {folder}/copy", f"sync {folder}/copy"
+            for name, shell in (("cp", copy), ("cp, then sync", f"{copy} && {sync}")):
+                clear(folder, "keep-")
+                costs.setdefault(name, []).append(run("sh", "-c", shell))
+                if wanted >= 5e8:
+                    found(name, count, costs[name][0])
+        for name, of in costs.items() if wanted < 5e8 else ():
+            found(name, count, least(of))
+        if wanted <= 3e8:
+            clear(folder, "keep-")
+            found("load, np.partition, save", count, run(sys.executable, "-c", LOADED, path, folder / "out.onnx", "e"))
+        if wanted <= 1e8 and importlib.util.find_spec("torch"):
+            found("torch l1_unstructured, in memory", count, Cost(torch_each(matrices), 0.0, 0.0))
+        clear(folder, "keep-small")
+    clear(folder, "nothing")
+
+
+def conclude() -> None:
+    """Bars 4 and 7, of all sizes measured."""
+    sizes_ = [count for count, _ in CURVES[OURS]]
+    bar(4, f"peak memory, {sizes_[0] * 4 / GB:.2g} to {sizes_[-1] * 4 / GB:.2g} GB", max(MEMORY), 400, unit="MB")
+    for name in LINES:
+        each = [ns for _, ns in CURVES[name]]
+        what = f"{name}, {sizes_[0] / 1e6:.0f} M to {sizes_[-1] / 1e9:.2g} G: most per parameter / least"
+        bar(7, what, max(each) / min(each), 1.3)
+
+
+def torch_each(matrices: int) -> float:
+    import torch
+    from torch.nn.utils import prune as torch_prune
+
+    layer = torch.nn.Linear(ROWS, ROWS, bias=False)
+    return min(timed(lambda: torch_prune.l1_unstructured(layer, "weight", SPARSITY)).wall for _ in range(2)) * matrices
+
+
+def plot(lines: dict[str, list[tuple[int, float]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "onnxprune"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for name, points in lines.items():
+        style = "-" if name in LINES else "--"
+        (line,) = axes.loglog(*zip(*points, strict=True), style, marker="o", markersize=3.5)
+        axes.annotate(name, points[-1], (6, 0), textcoords="offset points", va="center", color=line.get_color(), size=7)
+    axes.set_xlabel("parameters (float32)")
+    axes.set_ylabel("ns per parameter")
+    axes.set_xlim(right=max(count for points in lines.values() for count, _ in points) * 12)
+    axes.grid(True, which="major", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None, "Creator": None})
+    print(f"plotted: {path.name}")
