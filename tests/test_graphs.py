@@ -330,7 +330,7 @@ FOUND = [
         " o = ConstantOfShape(d) q = MatMul(x, u) t = Transpose<perm=[0,2,1]>(q) p = MatMul(t, q) y = Add(p, o) }",
         {"w": (4, 6), "u": (4, 6), "one": ints(2)},
         (),
-        {"w": "of shape", "u": "graph output 'y'"},
+        {"w": "the shape of ConstantOfShape 'o' would be [2, 3, 3] where", "u": "graph output 'y'"},
     ),
 ]
 
