@@ -1,11 +1,13 @@
 """ONNX's own backend cases as inputs: the node cases the onnx package generates, and the models it ships.
 
-The node cases get their weights as inputs; each is tried as it is and with all inputs but the first stored.
+The node cases get their weights as inputs; each is tried as it is, with all inputs but the first stored, and between
+two layers whose channels go.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import numpy as np
 import onnx
 import onnx.backend.test
 import pytest
+import test_graphs
+from graphs import sandwich, unfit
 from nets import session
 from onnx import numpy_helper
 
@@ -135,3 +139,44 @@ def test_shipped_weights_are_found():
     """A converted Conv, its weight an initializer."""
     result = pruned(SHIPPED / "pytorch-converted" / "test_Conv2d" / "model.onnx", 0.5, "default")
     assert [(row.name, row.op_type) for row in result.report.rows] == [("1", "Conv")]
+
+
+# ------------------------------------------------------------------ between two layers
+
+UNFIT = {
+    "an operand is left out": 0,
+    "an operand is no tensor": 0,
+    "no operand with an axis holds real numbers": 0,
+    "the first result is no tensor": 0,
+    "the operand is empty": 0,
+}
+"""Why a case cannot stand between two layers, and how many cases that are."""
+
+NOT_RUN: dict[str, str] = {}
+"""Operators that onnxruntime does not run between two layers, and why."""
+
+
+def test_which_cases_stand_between_layers():
+    found = Counter(unfit(model, inputs) for model, inputs, _ in cases().values())
+    found.pop("")
+    assert found == UNFIT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(8))
+def test_node_cases_shrink(part):
+    """Without half of the channels that go through the case, it computes what it does with zeros in their place."""
+    for name, (model, inputs, _) in list(cases().items())[part::8]:
+        if unfit(model, inputs):
+            continue
+        for convolve in (False, True):
+            graph = sandwich(model, inputs, np.random.default_rng(0), convolve)
+            try:
+                session(graph.model).run(None, graph.feed)
+            except Exception:  # there is no kernel
+                assert set(graph.steps) & NOT_RUN.keys(), name
+                continue
+            try:
+                test_graphs.shrinks(graph)
+            except Exception as error:
+                raise AssertionError(f"{name}, {graph.steps}: {error}") from error

@@ -18,10 +18,12 @@ import model_files
 import numpy as np
 import onnx
 import pytest
+import structure_oracle
 from graphs import Graph, graphs
 from hypothesis import HealthCheck, Phase, given, settings
 from nets import session, tensors
 from onnx import numpy_helper
+from structure_oracle import Net, ints
 from test_lowering import Always
 
 import onnxprune
@@ -294,6 +296,49 @@ def explore(seed: int, count: int, say: float = 0.0) -> Counter[str]:
 
     holds()
     return Counter(SAID)
+
+
+CONVS = "(float[2,3,4,4] x) => (float[2,2,{}] y{}) {{ h = Conv(x, w) {} y = Conv(z, v) }}"
+
+FOUND = [
+    Net(
+        "SpaceToDepth of columns first",
+        CONVS.format("2,2", "", 'z = SpaceToDepth<blocksize=2, mode="CRD">(h)'),
+        {"w": (4, 3, 1, 1), "v": (2, 16, 1, 1)},
+        ("w 4",),
+        {"v": "graph output 'y'"},
+        opset=28,
+    ),
+    Net(
+        "Size as an output",
+        CONVS.format("4,4", ", int64 n", "z = Relu(h) n = Size(z)"),
+        {"w": (4, 3, 1, 1), "v": (2, 4, 1, 1)},
+        (),
+        {"w": "graph output 'n' computes with its size", "v": "graph output 'y'"},
+    ),
+    Net(
+        "statistics over steps",
+        "(float[2,5,3] x) => (float[2,5,2] y) { h = MatMul(x, w)"
+        " z, m, s = BatchNormalization<training_mode=1>(h, one, one, zero, one) y = MatMul(z, v) }",
+        {"w": (3, 4), "v": (4, 2), "one": np.ones(5, np.float32), "zero": np.zeros(5, np.float32)},
+        (),
+        {"w": "BatchNormalization 'z' averages over it", "v": "graph output 'y'"},
+    ),
+    Net(
+        "a state whose shape is computed from the size of another axis",
+        "(float[2,5,4] x) => (float[2,6,6] y) { h = MatMul(x, w) s = Shape<start=2>(h) d = Concat<axis=0>(one, s, s)"
+        " o = ConstantOfShape(d) q = MatMul(x, u) t = Transpose<perm=[0,2,1]>(q) p = MatMul(t, q) y = Add(p, o) }",
+        {"w": (4, 6), "u": (4, 6), "one": ints(2)},
+        (),
+        {"w": "the shape of ConstantOfShape 'o' would be [2, 3, 3] where", "u": "graph output 'y'"},
+    ),
+]
+
+
+@pytest.mark.parametrize("net", FOUND, ids=lambda net: net.name)
+def test_found(net: Net) -> None:
+    """What random graphs and ONNX's cases have found, as small as can be."""
+    structure_oracle.check(net)
 
 
 def test_random_graphs() -> None:

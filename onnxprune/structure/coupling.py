@@ -20,7 +20,7 @@ from onnxprune.structure.cutting import Stuck, cut, keep
 from onnxprune.structure.flow import Flow, walk
 from onnxprune.structure.labels import Axis, Solution
 from onnxprune.structure.prepare import empty, prepare, skeleton
-from onnxprune.structure.reading import changed
+from onnxprune.structure.reading import changed, sizes_behind
 from onnxprune.structure.rules import SHAPES
 from onnxprune.structure.site import Site
 
@@ -277,7 +277,10 @@ def _rehearse(
             wanted = tuple(int((solution.pinned[r] | ~dead[r]).sum()) for r in root)
             if name and name not in flow.facts.unknown and seen.shapes.get(name) != wanted:
                 got = list(seen.shapes[name]) if name in seen.shapes else seen.unknown.get(name, "unknown")
-                return _around(site), f"the shape of {site.what} would be {got} where {list(wanted)} is needed"
+                around = _around(site)
+                if all(solution.pinned[solution.root[axis]].all() for axis in around):
+                    around += sizes_behind(flow, site)
+                return around, f"the shape of {site.what} would be {got} where {list(wanted)} is needed"
     return changed(flow, solution, dead, seen)
 
 

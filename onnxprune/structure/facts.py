@@ -121,6 +121,9 @@ class _Walk:
             content = np.array(shape[given.get("start", 0) : given.get("end", len(shape))], np.int64)
             self._known(node.output[0], content)
             return
+        if node.op_type == "Size" and node.input[0] in facts.shapes:
+            self._known(node.output[0], np.array(math.prod(facts.shapes[node.input[0]]), np.int64))
+            return
         if self._is_settled(node) and self._compute(node):
             return
         rule = self.extra.get((node.domain, node.op_type))

@@ -71,6 +71,13 @@ def changed(flow: Flow, solution: Solution, dead: np.ndarray, seen: Facts) -> tu
     return None
 
 
+def sizes_behind(flow: Flow, site: Site) -> list[Axis]:
+    """The axes whose sizes a node's operands are made of."""
+    made = {name: other for other in [*flow.sites, *flow.refused] for name in other.node.output if name}
+    before = (other for operand in site.node.input for other in _before(made, operand))
+    return [axis for other in before if other.node.op_type in SIZES for axis in other.inputs[0] or ()]
+
+
 def _before(made: Mapping[str, Site], name: str) -> Iterator[Site]:
     """The nodes that a value is computed by, up to where sizes are read."""
     waiting, found = [name], set()

@@ -210,9 +210,8 @@ def _space_to_depth(site: Site) -> None:
     block = int(site.attribute("blocksize"))
     for axis in (h, w):
         site.pin(axis, "moves it into channels")
-    depth = site.labels.merge(
-        [site.fixed(block, "moves space into it"), site.fixed(block, "moves space into it"), c], site.what
-    )
+    blocks = [site.fixed(block, "moves space into it"), site.fixed(block, "moves space into it")]
+    depth = site.labels.merge([c, *blocks] if site.attribute("mode", "DCR") == "CRD" else [*blocks, c], site.what)
     shape = site.result()
     site.give(
         [n, depth, *(site.fixed(size, "moves it into channels") for size in shape[2:])],

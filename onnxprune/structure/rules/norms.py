@@ -21,6 +21,9 @@ def _batch_norm(site: Site) -> None:
         site.labels.tie(channels, site.axes(operand)[0])
     if float(site.attribute("epsilon", 1e-5)) <= 0:
         finite(site, 4, "divides by the variance, and pruned positions would hold 0")
+    if site.attribute("training_mode", 0) or len(site.node.output) > 1:
+        for axis in axes[:1] + axes[2:]:
+            site.average(axis, "averages over it")
     null = _affine(site, 1, 2)
     site.give(axes, [null if i == 1 else False for i in range(len(axes))])
     for name in site.node.output[1:]:
