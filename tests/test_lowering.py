@@ -288,6 +288,38 @@ def test_outputs_take_the_order_of_their_groups_where_readers_can_follow(end):
     assert report.difference < 1e-5
 
 
+MERGED = {  # Gathers before, Gathers after
+    "r = Relu (a) p = MaxPool <kernel_shape = [2, 2]> (r) y = Conv <group = 2> (p, v)": (4, 3),
+    "r = Sigmoid (a) s = Conv <group = 2> (r, v) t = Conv <group = 2> (r, v) y = Add (s, t)": (6, 5),
+    "r = Relu (a) s = Conv <group = 2> (r, v) y = Add (s, r)": (4, 4),
+    "r = Relu (a) c = Conv <group = 2> (r, v) s = ReduceMean <keepdims = 1> (r, axes) y = Add (c, s)": (4, 4),
+}
+
+
+@pytest.mark.parametrize("text", MERGED)
+def test_an_order_that_only_gathers_read_is_part_of_theirs(text, monkeypatch):
+    """A convolution with groups of its own cannot take another order, but its Gather can."""
+    rng = np.random.default_rng(7)
+    arrays = {"w": rng.normal(size=(32, 16, 3, 3)), "b": rng.normal(size=32), "v": rng.normal(size=(32, 16, 1, 1))}
+    proto = parse(
+        f"(float[2, 16, 9, 9] x) => (float[] y) {{ a = Conv (x, w, b) {text} }}",
+        **{name: array.astype(F32) for name, array in arrays.items()},
+        axes=np.array([2, 3], np.int64),
+    )
+    entry = {"sparsity": 0.5, "op_names": ["w", "v"], "pattern": "grouped:8"}
+    result = onnxprune.prune(proto, [entry], keep_shape=True)
+
+    def gathers() -> int:
+        model, report = lowered(result.model, latencies=Always())
+        assert report.difference is not None
+        assert report.difference < 1e-5
+        return sum(node.op_type == "Gather" for node in model.proto.graph.node)
+
+    after = gathers()
+    monkeypatch.setattr("onnxprune.lowering.lower.merge", lambda nodes, tensors, outputs: (nodes, {}))
+    assert (gathers(), after) == MERGED[text]
+
+
 @pytest.mark.parametrize("name", ["w1", "b1", "w2", "b2", "scale", "w3"])
 def test_a_tensor_left_in_the_old_order_is_caught(name, monkeypatch):
     moved = order._moved

@@ -14,6 +14,7 @@ from onnxprune.graph.weights import Skipped
 from onnxprune.lowering.forms import BLOCK, Piece, candidates
 from onnxprune.lowering.latency import DENSE, Latencies
 from onnxprune.lowering.layers import Layer, layers
+from onnxprune.lowering.merge import merge
 from onnxprune.lowering.order import absorb
 from onnxprune.runtime.feeds import random_feeds
 from onnxprune.runtime.turns import in_turns
@@ -188,10 +189,12 @@ def _replaced(ready: Model, pieces: Mapping[str, Piece]) -> Model:
         piece = next((pieces[name] for name in node.output if name in pieces), None)
         nodes.extend([node] if piece is None else piece.nodes)
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    tensors = {name: values for piece in pieces.values() for name, values in piece.tensors.items()}
+    inner = {name for node in copies for name in _captured(node)}
+    copies, merged = merge(copies, tensors, [*(value.name for value in graph.output), *inner])
     del graph.node[:]
     graph.node.extend(copies)
-    for piece in pieces.values():
-        graph.initializer.extend(numpy_helper.from_array(values, name) for name, values in piece.tensors.items())
+    graph.initializer.extend(numpy_helper.from_array(merged.get(name, tensors[name]), name) for name in tensors)
     _drop_unread(graph)
     return ready.made(proto)
 
