@@ -366,17 +366,25 @@ def test_labels_that_do_not_fit_are_told_first(files, tmp_path):
         measure((files[0], {**arrays, "labels": arrays["labels"][:5]}))  # type: ignore[arg-type]
 
 
-def test_interrupting_the_command_says_how_to_go_on(files, tmp_path):
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_interrupting_the_command_says_how_to_go_on(files, tmp_path, jobs):
     model, data = (shutil.copy(path, tmp_path) for path in files)
-    command = [sys.executable, "-m", "onnxprune", "sensitivity", model, "--data", data, "--jobs", "1", "--precision"]
+    command = [sys.executable, "-m", "onnxprune", "sensitivity", model, "--data", data, "--jobs", f"{jobs}"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command += ["0", "-o", str(tmp_path / "r.html"), "--levels", ",".join(f"{i / 1000:g}" for i in range(1, 900))]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+    command += [
+        "--precision",
+        "0",
+        "-o",
+        str(tmp_path / "r.html"),
+        "--levels",
+        ",".join(f"{i / 1000:g}" for i in range(1, 900)),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True)
     for _ in range(1200):
         if (tmp_path / "r.html.checkpoint").exists():
             break
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes of it
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "goes on from here" in told
