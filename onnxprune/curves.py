@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pickle
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -347,7 +349,25 @@ def _beside(name: str, blob: np.ndarray, metric: Any, tasks: list[Task], jobs: i
     if not tasks:
         return
     calls = (delayed(_measured)(name, blob, metric, task) for task in tasks)
-    yield from Parallel(n_jobs=jobs, batch_size=1, return_as="generator_unordered")(calls)
+    with _undisturbed():
+        found = Parallel(n_jobs=jobs, batch_size=1, return_as="generator_unordered")(calls)
+    yield from found
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Processes started meanwhile do not hear Ctrl-C, which a terminal sends to all: this one ends them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()  # or it is started on the way, and up to Python 3.12 lets the signal in again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end_processes() -> None:

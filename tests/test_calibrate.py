@@ -330,6 +330,32 @@ def test_wanda_with_a_pattern_ranks_within_its_groups():
         assert {tuple(np.unique(kept[row, :, b])) for b in np.argsort(means[row])[2:]} == {(True,)}
 
 
+@pytest.mark.parametrize(
+    "pattern", ["unstructured", "2:4", "1:2", "3:4", "block:2x2", "block:4x1", "block:3x3", "grouped:4", "channel"]
+)
+def test_wanda_does_not_depend_on_the_units_of_the_inputs(pattern):
+    """Inputs twice as large and weights half as large compute the same: the same entries go, whatever the pattern."""
+    text = """(float[N,8,7,7] x) => (float[A,B,C,D] y) {
+        a = Conv<kernel_shape=[3,3]>(x, first)
+        b = Relu(a)
+        y = Conv<kernel_shape=[1,1]>(b, second)
+    }"""
+    first, second, x = normal(16, 8, 3, 3), normal(4, 16, 1, 1), normal(20, 8, 7, 7)
+    units = 2.0 ** RNG.integers(-6, 7, (8, 1, 1)).astype(np.float32)
+    entries = [{"sparsity": 0.25 if pattern == "3:4" else 0.5, "pattern": pattern, "op_names": ["first"]}]
+    plain, scaled = (
+        onnxprune.prune(
+            parse(text, first=w, second=second), entries, score="wanda", calibration={"x": given}, align=1,
+            keep_shape=True, threads=1,
+        ).masks["first"]
+        for w, given in ((first, x), (first / units, x * units))
+    )  # fmt: skip
+    np.testing.assert_array_equal(plain, scaled)
+    magnitude = onnxprune.prune(parse(text, first=first / units, second=second), entries, align=1, keep_shape=True)
+    assert (magnitude.masks["first"] != scaled).any()
+    assert 0.2 < 1 - scaled.mean() < 0.55
+
+
 def test_wanda_scores_channels_by_the_mean_of_their_entries():
     first, x = normal(8, 3, 3, 3), normal(30, 3, 9, 9) * np.array([4, 0.1, 1], np.float32)[:, None, None]
     text = """(float[N,3,9,9] x) => (float[A,B,C,D] y) {

@@ -50,14 +50,14 @@ def shipped(package: str, ending: str) -> Path:
     raise LookupError(f"{package} has no file {ending}")
 
 
-def export(module: Any, inputs: tuple[Any, ...], target: Path, names: list[str], axes: Any) -> Path:
+def export(module: Any, inputs: tuple[Any, ...], target: Path, names: list[str], axes: Any, **options: Any) -> Path:
     import torch
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             module.eval(), inputs, target, input_names=names, dynamic_shapes=axes, dynamo=True, external_data=False,
-            verbose=False,
+            verbose=False, **options,
         )  # fmt: skip
     return target
 

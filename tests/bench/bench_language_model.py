@@ -120,7 +120,8 @@ def main() -> None:
     calibration = {"tokens": cut(train)[0]}
     with tempfile.TemporaryDirectory() as folder:
         model, pruned = Path(folder) / "gpt.onnx", Path(folder) / "pruned.onnx"
-        export(net, (torch.from_numpy(inputs[:2]),), model, ["tokens"], ({0: torch.export.Dim("batch")},))
+        axes = ({0: torch.export.Dim("batch")},)
+        export(net, (torch.from_numpy(inputs[:2]),), model, ["tokens"], axes, optimize=False)  # keeps names
         data = {"tokens": inputs, "labels": labels}
         found = onnxprune.evaluate(model, data, metric=gain, threads=1)
         print(f"dense: {math.exp(-(found.score or 0)):.3f}")
