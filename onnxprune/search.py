@@ -206,7 +206,7 @@ def autoprune(
         run.stop.set()
         curves.end_processes()
         worker.join(QUIET)
-    if run.error is not None:
+    if run.error is not None and run.ended != "interrupted":  # processes that were interrupted, too, fail
         raise run.error
     return run.found()
 

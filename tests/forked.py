@@ -29,6 +29,7 @@ class Outcome:
         out: what it printed.
         err: what it printed to stderr.
         seconds: how long it took.
+        busy: seconds of processor time.
         megabytes: the most memory it had at once, what was imported included.
         seen: files it opened and programs it started, as far as Python did: (event, path, whether for writing).
     """
@@ -37,6 +38,7 @@ class Outcome:
     out: str
     err: str
     seconds: float
+    busy: float
     megabytes: float
     seen: tuple[tuple[str, str, bool], ...]
 
@@ -192,6 +194,7 @@ def _tried(request: dict[str, Any]) -> dict[str, Any]:
     assert usage is not None
     return {
         "status": os.waitstatus_to_exitcode(status), "out": texts["out"], "err": texts["err"], "seconds": took,
+        "busy": usage.ru_utime + usage.ru_stime,
         "megabytes": usage.ru_maxrss / 1024,
         "seen": [json.loads(entry) for entry in texts["seen"].splitlines()],
     }  # fmt: skip

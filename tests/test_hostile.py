@@ -64,8 +64,9 @@ class Scene:
 
     def tried(self, forked: Server, command: str) -> Outcome:
         """Run a command; whatever it does, it is quick, small and stays within what was named."""
-        done = forked.run(command.split(), self.inside, seconds=SECONDS, environment={"TMPDIR": str(self.scratch)})
+        done = forked.run(command.split(), self.inside, seconds=60, environment={"TMPDIR": str(self.scratch)})
         assert done.status in (0, 2), (command, done)
+        assert done.busy < SECONDS  # of the processor's time: others may be at work on this machine
         assert done.megabytes < MEGABYTES
         assert "unexpected" not in done.err
         assert "MemoryError" not in done.err
@@ -106,12 +107,17 @@ def _events(handle: int) -> bytes:
         return b""
 
 
+LONGER = {kind: ("inspect", "channels", "evaluate") for kind in ("ten million nodes", "a weight of a million axes")}
+"""What takes most of a second each time, and the commands that are tried on it: they come to it in three ways."""
+
+
 @pytest.mark.parametrize("kind", REFUSED)
 def test_refused(kind: str, forked: Server, tmp_path: Path) -> None:
     make, told = REFUSED[kind]
     scene = Scene(tmp_path, make)
-    for name, command in {**READING, **RUNNING}.items():
-        done = scene.tried(forked, command)
+    commands = {**READING, **RUNNING}
+    for name in LONGER.get(kind, commands):
+        done = scene.tried(forked, commands[name])
         assert done.status == 2, name
         assert re.search(told, done.err), (name, done.err)
         assert "'model.onnx'" in done.err
