@@ -130,9 +130,6 @@ def lowers(graph: Graph) -> None:
 
 def patches(graph: Graph) -> None:
     """A file that is patched is one that was loaded and saved; its data in it or beside it."""
-    expected = pruned(graph.model)
-    if expected is None:
-        return
     large = loading.LARGE
     with tempfile.TemporaryDirectory() as folder:
         path, target = Path(folder, "model.onnx"), Path(folder, "out", "pruned.onnx")
@@ -143,6 +140,10 @@ def patches(graph: Graph) -> None:
                 path.write_bytes(graph.model.SerializeToString())
             else:
                 model_files.write_external(graph.model, path, model_files.LAYOUTS["one file"])
+            loaded = onnx.load(path)
+            expected = pruned(loaded)
+            if expected is None:
+                return
             result = onnxprune.prune(path, [{"sparsity": 0.5}], output=target)
         finally:
             loading.LARGE = large
