@@ -105,10 +105,9 @@ def identical(graph: Graph) -> None:
         assert same.SerializeToString(deterministic=True) == graph.model.SerializeToString(deterministic=True)
 
 
-def shrinks(graph: Graph) -> None:
+def shrinks(graph: Graph, sparsity: float | None = None) -> None:
     """Without the channels that go it computes what it does with zeros in their place."""
-    sparsity = (0.5, 0.25, 0.75)[seed_of(graph) % 3]
-    options = {"sparsity": sparsity, "pattern": "channel"}
+    options = {"sparsity": sparsity or (0.5, 0.25, 0.75)[seed_of(graph) % 3], "pattern": "channel"}
     masked = pruned(graph.model, **options, keep_shape=True)
     shrunk = pruned(graph.model, **options)
     assert (masked is None) == (shrunk is None)
