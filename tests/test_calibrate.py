@@ -406,12 +406,13 @@ def test_what_cannot_be_measured_is_left_alone_with_the_reason():
     ]
 
 
-def test_nonfinite_activations_are_an_error_that_names_the_node(tmp_path):
+@pytest.mark.parametrize("config", [{"score": "wanda"}, {"pruner": "sparsegpt"}, {"reconstruct": True}])
+def test_nonfinite_activations_are_an_error_that_names_the_node(tmp_path, config):
     proto = parse("(float[N,4] x) => (float[A,B] y) { a = Log(x) [last] y = MatMul(a, w) }", w=normal(4, 3))
     x = np.abs(normal(5, 4)) + 0.1
     x[2, 1] = 0
     with pytest.raises(PruneError, match=r"input 'a' \[3, 4\] of MatMul 'last' holds 1 entries that are NaN or inf"):
-        onnxprune.prune(proto, {"score": "wanda", "config_list": [{"sparsity": 0.5}]}, tmp_path / "out.onnx",
+        onnxprune.prune(proto, {**config, "config_list": [{"sparsity": 0.5}]}, tmp_path / "out.onnx",
                         calibration={"x": x})  # fmt: skip
     assert not list(tmp_path.iterdir())
 

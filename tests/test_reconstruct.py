@@ -293,6 +293,30 @@ def test_a_weight_of_two_operators_is_fitted_to_both():
     np.testing.assert_allclose(stored(result.to_proto())["w"], stored(one.to_proto())["w"], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("layer", [1, 3])
+def test_an_interrupted_run_leaves_everything_as_it_was(tmp_path, monkeypatch, layer):
+    rng = np.random.default_rng(6)
+    proto, x = deep(rng), normal(rng, 60, 8)
+    onnx.save(proto, tmp_path / "model.onnx")
+    (tmp_path / "out.onnx").write_bytes(b"of an earlier run")
+    before = (tmp_path / "model.onnx").read_bytes()
+    calls = []
+
+    def interrupted(*given: object) -> np.ndarray:
+        calls.append(given)
+        if len(calls) > 15 * layer:  # 7 strengths on two halves, and the fit
+            raise KeyboardInterrupt
+        return refit(*given)
+
+    monkeypatch.setattr(layerwise.least_squares, "refit", interrupted)
+    config = {"reconstruct": True, "config_list": [{"sparsity": 0.5}]}
+    with pytest.raises(KeyboardInterrupt):
+        onnxprune.prune(tmp_path / "model.onnx", config, tmp_path / "out.onnx", calibration={"x": x}, threads=1)
+    assert (tmp_path / "model.onnx").read_bytes() == before
+    assert (tmp_path / "out.onnx").read_bytes() == b"of an earlier run"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_external_data_and_constants_are_refitted_too(tmp_path):
     rng = np.random.default_rng(6)
     proto, x = deep(rng), normal(rng, 60, 8)
