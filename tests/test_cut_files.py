@@ -16,6 +16,9 @@ import onnxprune
 from onnxprune.errors import PruneError
 from onnxprune.graph import model as models
 from onnxprune.graph import wire
+from onnxprune.graph.model import load
+from onnxprune.structure import shrink
+from onnxprune.structure.plan import Plan
 
 CHANNELS = {"sparsity": 0.5, "op_types": "default", "pattern": "channel"}
 CONFIGS: dict[str, Any] = {
@@ -143,6 +146,23 @@ def test_a_cut_model_is_cut_on(layout: str, tmp_path: Path, monkeypatch: pytest.
     shapes = {tensor.name: tuple(tensor.dims) for tensor in expected.to_proto().graph.initializer}
     assert shapes["w1"] == (32, 34)
     assert stored(onnx.load(tmp_path / "out.onnx")) == stored(expected.to_proto())
+
+
+def test_zeros_that_were_put_in_stay_in_what_is_left(tmp_path: Path) -> None:
+    """More is zeroed than is cut."""
+    source = write_external(chain(), tmp_path / "model.onnx", LAYOUTS["one file"])
+    found = []
+    for model in (chain(), source):
+        plan = Plan.of(load(model))
+        for share in (2, 8):
+            plan.removed = {group.name: np.arange(group.size) < group.size // share for group in plan.coupling.groups}
+            if share == 2:
+                plan.zero(shrink.lines(plan.coupling, plan.removed))
+        found.append(stored(plan.cut().to_proto()))
+    assert found[0] == found[1]
+    w1 = np.frombuffer(found[1]["w1"], np.float32)
+    assert w1.size == 42 * 42
+    assert np.count_nonzero(w1) == 24 * 24
 
 
 def test_packed_integers_are_cut_in_memory(tmp_path: Path) -> None:
