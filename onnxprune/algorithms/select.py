@@ -175,7 +175,7 @@ class _Span:
     stop: int
 
     def chunks(self) -> Iterator[tuple[Array, Array | None, Array, int]]:
-        """Chunk by chunk the keys (in the thread's buffer), which of them are free, result and the first place."""
+        """Chunk by chunk the keys (in the thread's buffer), which of them are held, result and the first place."""
         part = self.part
         key = KEYS[part.dtype]
         magnitude = key.type(np.iinfo(key).max >> 1)
@@ -191,8 +191,7 @@ class _Span:
             chunks.iterrange = (self.start, self.stop)  # type: ignore[misc]  # numpy's stubs have it read-only
             for score, result, *held in chunks:
                 keys = np.bitwise_and(score.view(key), magnitude, out=buffer[: score.size])
-                free = np.logical_not(held[0], out=scratch("free")[: score.size]) if held else None
-                yield keys, free, result, place
+                yield keys, held[0] if held else None, result, place
                 place += score.size
 
 
@@ -369,12 +368,11 @@ def _tally(span: _Span, left: int, right: int, infinity: int, bag: Bag) -> tuple
     Returns how many keys are less than left, right and infinity.
     """
     below = inside = finite = 0
-    for keys, free, result, place in span.chunks():
+    for keys, held, result, place in span.chunks():
         np.less(keys, left, out=result)
         within = np.less(keys, right, out=scratch("within")[: keys.size])
-        if free is not None:
-            result &= free
-            within &= free
+        if held is not None:
+            _leave_out(held, result, within)
         below += np.count_nonzero(result)
         within ^= result
         if right - left > 1:
@@ -383,15 +381,21 @@ def _tally(span: _Span, left: int, right: int, infinity: int, bag: Bag) -> tuple
             bag.add(keys.take(at), at + place)
         else:
             inside += np.count_nonzero(within)
-        finite += keys.size if free is None else np.count_nonzero(free)
+        finite += keys.size if held is None else keys.size - np.count_nonzero(held)
         if keys.max() >= infinity:
-            ranked = keys if free is None else keys[free]
+            ranked = keys if held is None else keys[~held]
             finite -= np.count_nonzero(ranked >= infinity)
             if np.any(ranked > infinity):
                 raise PruneError(f"score array {span.part.index} holds a NaN, which has no rank; replace it")
-        if free is not None:
-            np.less_equal(free, result, out=result)
+        if held is not None:
+            result |= held
     return below, below + inside, finite
+
+
+def _leave_out(held: Array, *marks: Array) -> None:
+    """Clear the marks of what is held, in place: of booleans, a > b is a and not b."""
+    for marked in marks:
+        np.greater(marked, held, out=marked)
 
 
 def where(chosen: Array) -> Array:
@@ -437,19 +441,19 @@ def _mark_crowd(parts: list[_Part], spans: list[_Span], key: int, quota: int, ru
 
 def _mark_equal(span: _Span, key: int) -> int:
     count = 0
-    for keys, free, result, _ in span.chunks():
+    for keys, held, result, _ in span.chunks():
         np.equal(keys, key, out=result)
-        if free is not None:
-            result &= free
+        if held is not None:
+            _leave_out(held, result)
         count += int(np.count_nonzero(result))
     return count
 
 
 def _add_below(span: _Span, key: int) -> None:
-    for keys, free, result, _ in span.chunks():
+    for keys, held, result, _ in span.chunks():
         result |= keys < key
-        if free is not None:
-            np.less_equal(free, result, out=result)
+        if held is not None:
+            result |= held
 
 
 def _keep_first(marked: Array, quota: int, count: int) -> None:
