@@ -67,7 +67,7 @@ def main() -> None:
         x = rng.standard_normal((900, 24)).astype(np.float32)
         np.savez(folder / "data.npz", x=x)
         for what, line in COMMANDS.items():
-            took = [interrupted(line, folder, moments.uniform(2.5, 5.0)) for _ in range(runs)]
+            took = [interrupted(line, folder, moments.uniform(6.0, 9.0)) for _ in range(runs)]
             known = sorted(seconds for seconds in took if seconds is not None)
             if known:
                 print(
