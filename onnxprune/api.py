@@ -130,7 +130,7 @@ def prune(
             comes close to what the dense one computes.
         epoch: for schedules, the epoch to prune for; the end unless given.
         step: the same for optimizer steps.
-        options: `calibration` (what to calibrate on where that is not `data`, in the same forms; labels are not used),
+        options: `calibration` (what decides where that is not `data`, in the same forms; labels are not needed),
             `max_memory` (for calibrating: bytes, or a text such as '2GB'; a quarter of the machine's unless given),
             `checkpoint` (a file that each layer is kept in while SparseGPT or reconstruction is at work, so that an
             interrupted run can go on; it is removed at the end),

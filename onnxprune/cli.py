@@ -113,7 +113,7 @@ def prune(
     ] = False,
     data: Annotated[str | None, typer.Option(metavar="DATA", help=f"Compare dense and pruned on it. {DATA}")] = None,
     calibration: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Calibrate on it instead of --data; labels are not used.")
+        str | None, typer.Option(metavar="DATA", help="What decides, instead of --data; labels are not needed.")
     ] = None,
     max_memory: Annotated[
         str | None,

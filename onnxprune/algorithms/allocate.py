@@ -87,8 +87,8 @@ def sensitivity(weights: Sequence[Units], sparsity: float) -> list[np.ndarray]:
         PruneError: always; nothing has been measured.
     """
     raise PruneError(
-        "allocation 'sensitivity' measures on data: give data (--data) to prune a file; in a training loop use "
-        "uniform, global or erk"
+        "allocation 'sensitivity' measures on data: give data or calibration (--data, --calibration) to prune a file; "
+        "in a training loop use uniform, global or erk"
     )
 
 

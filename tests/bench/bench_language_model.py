@@ -108,6 +108,22 @@ def cut(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return text[starts], text[starts + 1]
 
 
+def spread(net: GPT, tokens: np.ndarray) -> list[float]:
+    """Of the inputs of each layer that is pruned: the largest norm as a multiple of the median, which Wanda goes by."""
+    found: list[float] = []
+
+    def look(layer: nn.Module, given: tuple[torch.Tensor, ...], result: torch.Tensor) -> None:
+        norms = given[0].flatten(0, 1).norm(dim=0)
+        found.append(float(norms.max() / norms.median()))
+
+    hooks = [layer.register_forward_hook(look) for layer in net.blocks.modules() if isinstance(layer, nn.Linear)]
+    with torch.no_grad():
+        net(torch.from_numpy(tokens))
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=6.0)
@@ -118,6 +134,10 @@ def main() -> None:
     net = trained(train, len(characters), given.minutes)
     inputs, labels = cut(test)
     calibration = {"tokens": cut(train)[0]}
+    ratios = sorted(spread(net, calibration["tokens"][:32]))
+    print(
+        f"largest norm of an input over the median: {ratios[0]:.1f} to {ratios[-1]:.1f}, median {np.median(ratios):.1f}"
+    )
     with tempfile.TemporaryDirectory() as folder:
         model, pruned = Path(folder) / "gpt.onnx", Path(folder) / "pruned.onnx"
         axes = ({0: torch.export.Dim("batch")},)
