@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from _files import COLUMNS, GB, LOADED, ROWS, Cost, bar, clear, least, row, run, timed, write_model
@@ -33,7 +34,13 @@ OURS = "onnxprune, each weight"
 LINES = {OURS: "uniform", "onnxprune, global": "global"}
 
 
-def sizes(folder: Path, parameters: Sequence[float], rounds: int, save: Callable[[], None]) -> None:
+MANY = 5e8
+"""From so many parameters on, one round is measured, and nothing that an earlier run has measured."""
+
+
+def sizes(
+    folder: Path, parameters: Sequence[float], rounds: int, save: Callable[[], None], models: Path | None = None
+) -> None:
     """Bars 4 and 7."""
     small = folder / "keep-small.onnx"
     write_model(small, 1, True)
@@ -51,24 +58,29 @@ def sizes(folder: Path, parameters: Sequence[float], rounds: int, save: Callable
 
     for wanted in parameters:
         matrices = math.ceil(wanted / ROWS**2)
-        path = folder / "keep-large.onnx"
-        count = write_model(path, matrices, True) // 4
+        path = (models or folder) / f"keep-{matrices}.onnx"
+        if not path.exists():
+            write_model(path, matrices, True)
+        count = matrices * ROWS**2
+        copy, sync = f"cp {path}.data {folder}/copy", f"sync {folder}/copy"
+
+        def pruned(allocation: str, path: Path = path) -> Cost:
+            command = [sys.executable, "-c", CHILD, small, path, folder / "out.onnx", allocation]
+            told = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True).stdout
+            return Cost(*json.loads(told))
+
+        works: dict[str, Callable[[], Cost]] = {name: partial(pruned, kind) for name, kind in LINES.items()}
+        works |= {"cp": partial(run, "sh", "-c", copy), "cp, then sync": partial(run, "sh", "-c", f"{copy} && {sync}")}
+        if wanted >= MANY:
+            works = {name: work for name, work in works.items() if count not in dict(CURVES.get(name, []))}
         costs: dict[str, list[Cost]] = {}
-        for _ in range(3 * rounds if wanted < 1e8 else rounds if wanted < 5e8 else 1):
-            for name, allocation in LINES.items():
+        for _ in range(3 * rounds if wanted < 1e8 else rounds if wanted < MANY else 1):
+            for name, work in works.items():
                 clear(folder, "keep-")
-                command = [sys.executable, "-c", CHILD, small, path, folder / "out.onnx", allocation]
-                told = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True).stdout
-                costs.setdefault(name, []).append(Cost(*json.loads(told)))
-                if wanted >= 5e8:
+                costs.setdefault(name, []).append(work())
+                if wanted >= MANY:
                     found(name, count, costs[name][0])
-            copy, sync = f"cp {path}.data {folder}/copy", f"sync {folder}/copy"
-            for name, shell in (("cp", copy), ("cp, then sync", f"{copy} && {sync}")):
-                clear(folder, "keep-")
-                costs.setdefault(name, []).append(run("sh", "-c", shell))
-                if wanted >= 5e8:
-                    found(name, count, costs[name][0])
-        for name, of in costs.items() if wanted < 5e8 else ():
+        for name, of in costs.items() if wanted < MANY else ():
             found(name, count, least(of))
         if wanted <= 3e8:
             clear(folder, "keep-")

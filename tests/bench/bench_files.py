@@ -274,6 +274,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--folder", type=Path, help="where the files are made; the system's temporary folder")
     parser.add_argument("--parameters", type=float, nargs="+", default=[1e7, 6e7, 2.5e8, 1e9, 3e9])
+    parser.add_argument("--models", type=Path, help="where models of these sizes are made, if need be, and kept")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--into", type=Path, help="a JSON file of what was measured, here and before")
     parser.add_argument("--plot", type=Path, help="an SVG file to write; bench_files.svg beside this script")
@@ -303,7 +304,9 @@ def main() -> None:
             "start": lambda: startup(2 * rounds),
             "bridges": lambda: bridges(min(rounds, 3)),
             "peers": lambda: simplifier(Path(name), peers, min(rounds, 3)),
-            "sizes": lambda: sizes(Path(name), [1e7, 3e7] if options.quick else options.parameters, rounds, save),
+            "sizes": lambda: sizes(
+                Path(name), [1e7, 3e7] if options.quick else options.parameters, rounds, save, options.models
+            ),
         }
         for part, work in works.items():
             if part in chosen and (part != "bridges" or importlib.util.find_spec("torch")):
