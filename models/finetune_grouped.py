@@ -8,7 +8,8 @@ Two nets on animal-mnist, wide enough to gain: a plain and a residual one. First
 channels is looked for at which a net takes as long as with grouped inputs, lowered. Then, per net and seed: train; from
 the same weights once train on, and once for each pattern and share train on while AGP prunes. Accuracy is that of the
 exported files under onnxruntime on the test images after the last epoch; latency is processor time of one thread on one
-image, all files of a seed in turns. Training multiplies in bfloat16, the files in float32. What a seed gives is appended to the file at once, and left out when run again.
+image, all files of a seed in turns. Training multiplies in bfloat16, the files in float32. What a seed gives is
+appended to the file at once, and left out when run again.
 """
 
 from __future__ import annotations

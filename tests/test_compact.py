@@ -152,3 +152,21 @@ def test_a_wrong_constant_is_refused(monkeypatch):
     monkeypatch.setattr(compact, "_constants", lambda *given: {k: v + 0.1 for k, v in real(*given).items()})
     with pytest.raises(PruneError, match="without its dead channels"):
         onnxprune.prune(net("gemm", dead=(1,)), DENSE, compact=True)
+
+
+def test_a_constant_channel_that_is_not_read_leaves_a_depthwise_convolution():
+    """It is constant where the depthwise convolution reads it, which could not take it into its bias, and need not."""
+    text = (
+        "g (float[N,3,9,9] x) => (float[N,4,9,9] y) {h = Conv(x, a, b) r = Relu(h) "
+        "d = Conv<group=8, pads=[1,1,1,1]>(r, e) y = Conv(d, c)}"
+    )
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> {text}')
+    rng = np.random.default_rng(0)
+    arrays = {n: rng.standard_normal(s) for n, s in [("a", (8, 3, 1, 1)), ("e", (8, 1, 3, 3)), ("c", (4, 8, 1, 1))]}
+    arrays["b"] = np.full(8, 2.0)
+    arrays["a"][[1, 5]] = arrays["c"][:, [1, 5]] = 0
+    for name, array in arrays.items():
+        model.graph.initializer.append(numpy_helper.from_array(array.astype(np.float32), name))
+    small = onnxprune.prune(model, DENSE, compact=True).to_proto()
+    assert [size(small, name) for name in "aec"] == [18, 54, 24]
+    np.testing.assert_allclose(run(model, 0), run(small, 0), rtol=1e-5, atol=1e-5)

@@ -288,6 +288,22 @@ def test_outputs_take_the_order_of_their_groups_where_readers_can_follow(end):
     assert report.difference < 1e-5
 
 
+@pytest.mark.parametrize("pattern", ["grouped:8", "channel"])
+def test_nodes_may_stand_in_any_order(pattern):
+    """onnxruntime sorts them, and converters rely on that."""
+    proto = chain("p = GlobalAveragePool (c) f = Flatten (p) y = Gemm (f, w4)")
+    turned = onnx.ModelProto.FromString(proto.SerializeToString())
+    del turned.graph.node[:]
+    turned.graph.node.extend(reversed(proto.graph.node))
+    entry = {"sparsity": 0.5, "op_types": "default", "pattern": pattern}
+    results = [onnxprune.prune(given, [entry], align=1, timing=False) for given in (proto, turned)]
+    first, second = (sorted(node.op_type for node in result.to_proto().graph.node) for result in results)
+    assert first == second
+    masks = [{name: mask.tolist() for name, mask in result.masks.items()} for result in results]
+    assert masks[0]
+    assert masks[0] == masks[1]
+
+
 MERGED = {  # Gathers before, Gathers after
     "r = Relu (a) p = MaxPool <kernel_shape = [2, 2]> (r) y = Conv <group = 2> (p, v)": (4, 3),
     "r = Sigmoid (a) s = Conv <group = 2> (r, v) t = Conv <group = 2> (r, v) y = Add (s, t)": (6, 5),

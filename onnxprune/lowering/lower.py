@@ -9,6 +9,7 @@ import onnx
 from onnx import numpy_helper
 
 from onnxprune.errors import PruneError
+from onnxprune.graph.companions import reads
 from onnxprune.graph.model import Model
 from onnxprune.graph.weights import Skipped
 from onnxprune.lowering.forms import BLOCK, Piece, candidates
@@ -190,7 +191,7 @@ def _replaced(ready: Model, pieces: Mapping[str, Piece]) -> Model:
         nodes.extend([node] if piece is None else piece.nodes)
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     tensors = {name: values for piece in pieces.values() for name, values in piece.tensors.items()}
-    inner = {name for node in copies for name in _captured(node)}
+    inner = {name for node in copies for name in reads(node) if name not in node.input}
     copies, merged = merge(copies, tensors, [*(value.name for value in graph.output), *inner])
     del graph.node[:]
     graph.node.extend(copies)
@@ -205,8 +206,7 @@ def _drop_unread(graph: onnx.GraphProto) -> None:
     kept = []
     for node in reversed(graph.node):
         if wanted & set(node.output):
-            wanted.update(name for name in node.input if name)
-            wanted.update(_captured(node))
+            wanted.update(reads(node))
             kept.append(node)
     if len(kept) < len(graph.node):
         copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in reversed(kept)]
@@ -215,17 +215,6 @@ def _drop_unread(graph: onnx.GraphProto) -> None:
     for index in reversed(range(len(graph.initializer))):
         if graph.initializer[index].name not in wanted:
             del graph.initializer[index]
-
-
-def _captured(node: onnx.NodeProto) -> set[str]:
-    """What the sub-graphs of a node read, from wherever."""
-    names: set[str] = set()
-    for _, body in known.bodies(node):
-        names.update(value.name for value in body.output)
-        for inner in body.node:
-            names.update(inner.input)
-            names |= _captured(inner)
-    return names
 
 
 def _check(masked: Model, result: Model, sizes: tuple[Sizes, Sizes]) -> float:

@@ -106,8 +106,8 @@ class _Search:
         added: dict[str, onnx.NodeProto] = {}
         for index, reader in enumerate(self.readers):
             value = np.where(dead[self._roots(reader)], np.nan_to_num(self.values[index]), 0.0)
-            if not value.any():
-                continue
+            if not value.any() or not reader.foldable(self.coupling.flow.stored):
+                continue  # what goes all the same, nobody hears
             site = reader.site
             tensor = stored[site.node.input[reader.weight]]
             assert tensor is not None

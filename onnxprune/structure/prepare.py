@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Container, Mapping
+from graphlib import CycleError, TopologicalSorter
 
 import numpy as np
 import onnx
 from onnx import TensorProto, inliner, numpy_helper
 
 from onnxprune.errors import PruneError
+from onnxprune.graph.companions import reads
 from onnxprune.graph.model import Model, graphs, subgraphs, tensors
 from onnxprune.graph.shapes import SMALL
 from onnxprune.structure.facts import STANDARD_DOMAINS, constant_tensor
@@ -39,6 +41,7 @@ def prepare(model: Model, shared: Container[str] = ()) -> Model:
                 f"the model's functions cannot be inlined: {' '.join(str(error).split())[:300]}"
             ) from error
     for graph in subgraphs(proto):
+        _sort(graph)
         kept = []
         for node in graph.node:
             tensor = constant_tensor(node) if node.op_type == "Constant" and node.domain in STANDARD_DOMAINS else None
@@ -68,6 +71,21 @@ def prepare(model: Model, shared: Container[str] = ()) -> Model:
         if isinstance(graph_, onnx.GraphProto):
             graph_.ClearField("value_info")
     return model.made(proto)
+
+
+def _sort(graph: onnx.GraphProto) -> None:
+    """Put each node behind what it reads where some are not: converters append Casts, and onnxruntime minds not."""
+    makers = {name: index for index, node in enumerate(graph.node) for name in node.output if name}
+    before = [[makers[name] for name in reads(node) if name in makers] for node in graph.node]
+    if all(max(found, default=-1) < index for index, found in enumerate(before)):
+        return
+    try:
+        order = list(TopologicalSorter(dict(enumerate(before))).static_order())
+    except CycleError:
+        return
+    copies = [onnx.NodeProto.FromString(graph.node[index].SerializeToString()) for index in order]
+    del graph.node[:]
+    graph.node.extend(copies)
 
 
 def _distinct(graph: onnx.GraphProto, outer: Mapping[str, str], taken: set[str]) -> None:
