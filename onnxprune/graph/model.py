@@ -332,15 +332,16 @@ def _checked(proto: onnx.ModelProto, folder: Path | None, path: Path | None, kno
         schemas.check_nodes(proto, what)
         if proto.functions:
             valid.check_calls(proto, what)
-        sparse.check(proto, subgraphs(proto), what)
         roots = [p for p in (folder, None if path is None else Path(os.path.realpath(path)).parent) if p is not None]
         own = None if path is None else os.path.realpath(path)
         unknown = [tensor for tensor in external_tensors(proto) if valid.location(tensor) not in known]
-        return valid.check_external(unknown, roots, what, own)
+        places = valid.check_external(unknown, roots, what, own)
+        sparse.check(proto, subgraphs(proto), what)
     except PruneError:
         raise
     except Exception as error:  # a hostile file makes them raise anything
         raise PruneError(f"{what} cannot be read as an ONNX graph: {reason(error)}; {_AGAIN}") from error
+    return places
 
 
 def _ir_external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
