@@ -151,8 +151,12 @@ def test_deep_graphs(levels: int) -> None:
     graph = model.graph
     for level in range(levels):
         node = graph.node.add(op_type="If", input=["c"], output=[f"y{level}"])
+        other = node.attribute.add(name="else_branch", type=onnx.AttributeProto.GRAPH).g
+        other.node.add(op_type="Identity", input=["x"], output=[f"e{level}"])
+        other.output.append(onnx.helper.make_tensor_value_info(f"e{level}", onnx.TensorProto.FLOAT, [2]))
         graph = node.attribute.add(name="then_branch", type=onnx.AttributeProto.GRAPH).g
-    graph.node.add(op_type="Identity", input=["x"], output=["end"])
+        graph.output.append(onnx.helper.make_tensor_value_info(f"y{level + 1}", onnx.TensorProto.FLOAT, [2]))
+    graph.node.add(op_type="Identity", input=["x"], output=[f"y{levels}"])
     told, _ = attempt(lambda: load(model))
     assert ("more than 100 levels deep" in told) == (levels > 100)
     if levels <= 40:
