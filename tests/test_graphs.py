@@ -64,8 +64,8 @@ def apart(model: onnx.ModelProto, other: onnx.ModelProto, graph: Graph) -> float
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert np.array_equal(np.isfinite(a), np.isfinite(b)), "not finite in other places"
         finite = np.isfinite(a)
-        scale = float(np.abs(a[finite]).max(initial=0.0)) or 1.0
-        worst = max(worst, float(np.abs(a - b)[finite].max(initial=0.0)) / scale)
+        a, b = a[finite], b[finite]
+        worst = max(worst, float(np.abs(a - b).max(initial=0.0)) / (float(np.abs(a).max(initial=0.0)) or 1.0))
     return worst
 
 

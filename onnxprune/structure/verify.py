@@ -83,11 +83,11 @@ def _apart(names: Sequence[str], expected: Sequence[np.ndarray], results: Sequen
         if left.shape != right.shape:
             raise PruneError(f"output '{name}' has the shape {right.shape} in the shrunk model, {left.shape} before")
         a, b = np.asarray(left, np.float64), np.asarray(right, np.float64)
-        if not np.array_equal(np.isfinite(a), np.isfinite(b)):
-            raise PruneError(f"output '{name}' is not finite in other places than in the masked model")
         finite = np.isfinite(a)
-        scale = float(np.abs(a[finite]).max(initial=0.0))
-        worst = max(worst, float(np.abs(a - b)[finite].max(initial=0.0)) / (scale or 1.0))
+        if not np.array_equal(finite, np.isfinite(b)):
+            raise PruneError(f"output '{name}' is not finite in other places than in the masked model")
+        a, b = a[finite], b[finite]
+        worst = max(worst, float(np.abs(a - b).max(initial=0.0)) / (float(np.abs(a).max(initial=0.0)) or 1.0))
     return worst
 
 
