@@ -8,6 +8,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -136,7 +137,7 @@ def test_killed_at_random_moments(kind: str, where: str, count: int, forked: Ser
     command = ["prune", "model.onnx", "-o", target, "--sparsity", "0.5", "--no-benchmark", *force]
     again = ["prune", "model.onnx", "-o", "other.onnx", "--sparsity", "0.5", "--no-benchmark"]
     old, new = stored(large()), stored(prune(large(), HALF).to_proto())
-    took = []
+    took: deque[float] = deque(maxlen=5)  # seconds of the last whole runs: the machine may be faster or slower by and by
     for index in range(3):
         shutil.copytree(scene, tmp_path / f"whole-{index}")
         done = forked.run(command, tmp_path / f"whole-{index}")
@@ -145,7 +146,7 @@ def test_killed_at_random_moments(kind: str, where: str, count: int, forked: Ser
         took.append(done.seconds)
     moments = random.Random(f"{kind} {where} {count}")
     killed = 0
-    for _ in range(count):
+    while killed < count:
         folder = shutil.copytree(scene, tmp_path / "folder")
         done = forked.run(command, folder, killed_after=moments.uniform(0, 1.1 * statistics.median(took)))
         killed += done.status == -9
@@ -154,12 +155,13 @@ def test_killed_at_random_moments(kind: str, where: str, count: int, forked: Ser
         assert now == new if done.status == 0 else now in (old, new)
         if where != "in place":
             assert tree(scene).items() >= {n: h for n, h in tree(folder).items() if n.startswith("model")}.items()
-        assert forked.run(again, folder).status == 0
+        whole = forked.run(again, folder)
+        assert whole.status == 0
+        took.append(whole.seconds)
         assert stored(onnx.load(folder / target)) == now
         named = {entry.value for m in folder.glob("*.onnx") for t in _tensors(m) for entry in t}
         assert {path.name for path in folder.iterdir()} == {"model.onnx", "out.onnx", "other.onnx"} | named
         shutil.rmtree(folder)
-    assert killed > count // 2
 
 
 def test_what_is_synced_before_a_rename(tmp_path: Path) -> None:
