@@ -117,7 +117,7 @@ def write(
 
 def compacted(model: Model, shapes: Mapping[str, Sequence[int]]) -> Model:
     """Without the channels that zeros have made dead."""
-    from onnxprune.structure.compact import compact  # scipy takes a while to import
+    from onnxprune.structure.compact import compact
 
     return compact(model, shapes)[0]
 

@@ -34,7 +34,7 @@ import onnxprune
 from onnxprune.runtime.turns import in_turns
 
 NETS = ("wide-plain", "wide-residual")
-EPOCHS = (6, 8, 4)
+EPOCHS = (6, 12, 6)
 """Of training; of fine-tuning; and of these, those until AGP is at its end."""
 
 SHARES = (0.75, 0.875)

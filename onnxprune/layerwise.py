@@ -8,6 +8,7 @@ that from those rows it comes as close as it can to what it computed in the dens
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,6 +35,16 @@ from onnxprune.graph.weights import FLOATS, Skipped, Weight, find
 from onnxprune.runtime.calibrate import Calibration, Layer, calibration, find_layers, moments, norms
 from onnxprune.runtime.feeds import Dataset
 from onnxprune.runtime.stream import Flat
+
+
+def check() -> None:
+    """Refuse before anything is calibrated where the linear algebra is missing.
+
+    Raises:
+        PruneError: it is.
+    """
+    if importlib.util.find_spec("scipy") is None:
+        raise PruneError("sparsegpt, and what is reconstructed, need scipy: pip install 'onnxprune[calibration]'")
 
 
 @dataclass(frozen=True, eq=False)

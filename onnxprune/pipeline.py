@@ -62,6 +62,10 @@ def run(
         raise PruneError("max_drop needs data to measure accuracy on; pass data (or --data)")
     if max_drop is not None and not math.isfinite(max_drop):
         raise PruneError(f"max_drop is {max_drop}; expected a number such as 0.01 (one point of accuracy)")
+    if config.refits:
+        from onnxprune import layerwise
+
+        layerwise.check()
     model = load(source)
     target = None if output is None else Path(output)
     if target is not None:
@@ -172,7 +176,7 @@ def _calibrated(
 
 
 def _plan(model: Model, shapes: Mapping[str, Sequence[int]] | None, inexact: bool) -> Plan:
-    from onnxprune.structure.plan import Plan  # scipy takes a while to import
+    from onnxprune.structure.plan import Plan
 
     return Plan.of(model, shapes, inexact=inexact)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 
-from onnxprune import config as configuration
 from onnxprune.graph.model import Staged
 
 
@@ -27,6 +26,11 @@ class Recipe:
     score: str = "magnitude"
     reconstruct: bool = False
 
+    @property
+    def refits(self) -> bool:
+        """Whether the values of what survives change, too."""
+        return self.reconstruct or self.pruner != "level"
+
     def __str__(self) -> str:
         """In words, from what it does first."""
         scored = self.pruner if self.pruner != "level" else self.score
@@ -35,17 +39,15 @@ class Recipe:
 
 def recipes(target: str) -> list[Recipe]:
     """What is tried for a target; the cheap ones first."""
-    refits = "reconstruct" in configuration.Config.model_fields
     if target == "size":
-        found = [Recipe("unstructured", "global"), Recipe("unstructured", "sensitivity")]
-        if refits:
-            found.insert(1, Recipe("unstructured", "uniform", pruner="sparsegpt"))
-            found.append(Recipe("unstructured", "sensitivity", pruner="sparsegpt"))
-        return found
+        return [
+            Recipe("unstructured", "global"),
+            Recipe("unstructured", "uniform", pruner="sparsegpt"),
+            Recipe("unstructured", "sensitivity"),
+            Recipe("unstructured", "sensitivity", pruner="sparsegpt"),
+        ]
     found = [Recipe(pattern, how) for how in ("uniform", "sensitivity") for pattern in ("channel", "grouped")]
-    if refits:
-        found += [Recipe(r.pattern, r.allocation, reconstruct=True) for r in found]
-    return found
+    return found + [Recipe(r.pattern, r.allocation, reconstruct=True) for r in found]
 
 
 def deflated(staged: Staged) -> int:

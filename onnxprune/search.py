@@ -186,6 +186,10 @@ def autoprune(
         raise PruneError(f"max_drop is {max_drop}; expected a number from 0, below 1, such as 0.01")
     if time_limit is not None and time_limit <= 0:
         raise PruneError(f"the time limit is {time_limit:g} s; it must be above 0")
+    if any(recipe.refits for recipe in recipes(target)):
+        from onnxprune import layerwise
+
+        layerwise.check()
     run = _Run.of(
         model, data, None if output is None else Path(output), max_drop=max_drop, target=target, hold_back=hold_back,
         metric=metric, jobs=jobs, threads=threads, seed=seed, shapes=shapes, checkpoint=checkpoint, force=force,
@@ -367,7 +371,7 @@ class _Run:
 
     def _prune(self, recipe: Recipe, strength: float) -> Result:
         options = self.options
-        if recipe.reconstruct or recipe.pruner != "level":
+        if recipe.refits:
             more: dict[str, Any] = {"calibration": sampling.first(self.search.dataset, CALIBRATION)}
         else:
             more = {}

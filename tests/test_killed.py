@@ -137,7 +137,7 @@ def test_killed_at_random_moments(kind: str, where: str, count: int, forked: Ser
     command = ["prune", "model.onnx", "-o", target, "--sparsity", "0.5", "--no-benchmark", *force]
     again = ["prune", "model.onnx", "-o", "other.onnx", "--sparsity", "0.5", "--no-benchmark"]
     old, new = stored(large()), stored(prune(large(), HALF).to_proto())
-    took: deque[float] = deque(maxlen=5)  # seconds of the last whole runs: the machine may be faster or slower by and by
+    took: deque[float] = deque(maxlen=5)  # seconds of the last whole runs: machines get faster and slower
     for index in range(3):
         shutil.copytree(scene, tmp_path / f"whole-{index}")
         done = forked.run(command, tmp_path / f"whole-{index}")

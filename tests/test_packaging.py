@@ -26,7 +26,7 @@ print(build_meta.build_wheel(where), build_meta.build_sdist(where), sep="\\n")
 """
 
 CORE = {
-    "onnx", "onnx-ir", "onnxruntime", "numpy", "scipy", "ml-dtypes", "joblib", "typer", "rich", "pydantic", "pyyaml",
+    "onnx", "onnx-ir", "onnxruntime", "numpy", "ml-dtypes", "joblib", "typer", "rich", "pydantic", "pyyaml",
     "tomli",
 }  # fmt: skip
 

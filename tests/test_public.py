@@ -67,6 +67,37 @@ FLOORS = {
 }
 
 
+WITHOUT_SCIPY = """
+import sys
+sys.modules["scipy"] = None
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name == "scipy" else find(name, *more)
+import numpy as np
+import onnxprune
+model, data = sys.argv[1], {"image": np.zeros((8, 1, 28, 28), np.float32)}
+for config in ({"pattern": "channel"}, {"pattern": "grouped"}, {"score": "wanda"}):
+    assert onnxprune.prune(model, config | {"config_list": [{"sparsity": 0.5}]}, data=data, timing=False).sparsity > 0.3
+for call in (
+    lambda: onnxprune.prune(model, {"pruner": "sparsegpt", "config_list": [{"sparsity": 0.5}]}, data=data),
+    lambda: onnxprune.prune(model, {"reconstruct": True, "config_list": [{"sparsity": 0.5}]}, data=data),
+    lambda: onnxprune.autoprune(model, data),
+):
+    try:
+        call()
+    except onnxprune.PruneError as error:
+        assert "pip install 'onnxprune[calibration]'" in str(error)
+    else:
+        raise AssertionError("scipy was not missed")
+"""
+
+
+def test_what_runs_without_scipy(tmp_path: Path):
+    """All but SparseGPT, reconstruction and the search that tries them, which say what to install."""
+    model = PACKAGE.parent / "models" / "lenet5.onnx"
+    subprocess.run([sys.executable, "-c", WITHOUT_SCIPY, model], check=True, cwd=tmp_path)
+
+
 def test_public_names():
     assert set(onnxprune.__all__) == PUBLIC, (
         "the public API changed: if that is meant, change PUBLIC here and the README"

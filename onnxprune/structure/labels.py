@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 Axis = np.ndarray
 """The labels of one axis: int64, one per position."""
@@ -41,6 +39,24 @@ class Product:
 def _check_size(size: int) -> None:
     if not 0 <= size <= LARGEST:
         raise Misfit(f"an axis of {size} positions cannot be followed")
+
+
+def joined(root: Axis, left: Axis, right: Axis) -> Axis:
+    """The smallest label of each class, once `left[i]` and `right[i]` are in one; `root` says it of before.
+
+    The larger roots of ties are hung under the smaller ones, and paths halved until they are flat, as in Shiloach and
+    Vishkin, "An O(log n) parallel connectivity algorithm" (1982).
+    """
+    while True:
+        left, right = root[left], root[right]
+        apart = left != right
+        if not apart.any():
+            return root
+        left, right = left[apart], right[apart]
+        above = root.copy()
+        np.minimum.at(above, np.maximum(left, right), np.minimum(left, right))
+        while not np.array_equal(root := above[above], above):
+            above = root
 
 
 @dataclass(eq=False)
@@ -208,15 +224,8 @@ class _Solver:
     def _contract(self) -> None:
         """Make classes of the ties found since the last time, and spread the pins."""
         if self.ties:
-            left = self.root[np.concatenate([a for a, _ in self.ties])]
-            right = self.root[np.concatenate([b for _, b in self.ties])]
-            n = self.labels.count
-            graph = coo_matrix((np.ones(left.size, np.bool_), (left, right)), shape=(n, n))
-            _, component = connected_components(graph, directed=False)
-            smallest = np.full(component.max() + 1, n)
-            np.minimum.at(smallest, component, np.arange(n))
-            old = self.root
-            self.root = smallest[component[old]]
+            left, right = (np.concatenate(ends) for ends in zip(*self.ties, strict=True))
+            self.root = joined(self.root, left, right)
             for flags in (self.pinned, self.heads, self.copies):
                 flags[self.root[np.flatnonzero(flags)]] = True
             moved = {int(self.root[label]): reason for label, reason in reversed(self.reasons.items())}

@@ -194,7 +194,6 @@ def try_all(count: int, seed: int, target: Path) -> None:
     import onnx_ir  # noqa: F401
     import onnxruntime  # noqa: F401
     import pytest  # noqa: F401
-    import scipy.sparse.csgraph  # noqa: F401
 
     told = [json.loads(line) for line in target.read_text().splitlines()] if target.exists() else []
     known = {tuple(line["mutant"]) for line in told if "mutant" in line}
