@@ -158,6 +158,19 @@ def test_several_arrays(dtypes, seed):
         for threads in (1, 2, 3):
             check(scores, count, threads=threads)
             check(scores, count, held, threads=threads)
+            zeroed = [s if m is None else np.where(m, s.dtype.type(0), s) for s, m in zip(scores, held, strict=True)]
+            check(zeroed, count, held, threads=threads)  # as weights are that were pruned before
+
+
+def test_what_is_held_and_seems_zero_is_looked_at(monkeypatch: pytest.MonkeyPatch):
+    """A few of the scores that are held are not zero, infinite or NaN, where nobody looks first."""
+    monkeypatch.setattr(select, "PROBED", 2)
+    held = np.arange(40) % 3 == 1
+    for bad in (1e-3, 5.0, np.inf, np.nan):
+        score = np.where(held, 0.0, np.linspace(-1, 2, 40))
+        score[np.flatnonzero(held)[4:9]] = bad
+        for count in (0, 5, 13, 20, 40):
+            check([score], count, [held])
 
 
 def test_exact_values_decide_between_dtypes():

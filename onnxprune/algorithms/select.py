@@ -12,6 +12,7 @@ key that crowds the data (zeros, say), two more passes mark what is below it and
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import threading
@@ -32,6 +33,7 @@ SAMPLE = 1 << 16  # keys sampled for the first bracket, at most,
 ONE_IN = 128  # and at most one in so many
 ROOM = 3 << 19  # bytes gathered per thread and pass, at most
 WHOLE = 1 << 13  # up to so many elements are gathered without sampling
+PROBED = 64  # entries of an array looked at for whether what is held is zero
 THREADED = 1 << 22  # fewer elements are not worth starting threads for
 MAX_THREADS = 8  # by default: a few cores saturate memory
 GUESSES = 6  # passes that trust a sample; any later one halves the range of keys
@@ -79,20 +81,49 @@ def lowest(
     masks = [None] * len(scores) if held is None else list(held)
     _check(scores, count, masks, threads)
     results = booleans(scores) if out is None else list(out)
+    total = sum(score.size for score in scores)
+    workers = 1 if total < THREADED else threads or min(os.cpu_count() or 1, MAX_THREADS)
+    if count and any(mask is not None for mask in masks) and _seem_zero(scores, masks):
+        with contextlib.suppress(PruneError):  # what is held may be infinite or NaN
+            _run(_parts(scores, [None] * len(scores), results), count, workers)
+            if all(_within(mask, result) for mask, result in zip(masks, results, strict=True) if mask is not None):
+                return results
     need = count - sum(int(np.count_nonzero(mask)) for mask in masks if mask is not None)
     if need <= 0:
         for result, mask in zip(results, masks, strict=True):
             result[...] = False if mask is None else mask
         return results
-    parts = _parts(scores, masks, results)
-    total = sum(score.size for score in scores)
-    workers = 1 if total < THREADED else threads or min(os.cpu_count() or 1, MAX_THREADS)
+    _run(_parts(scores, masks, results), need, workers)
+    return results
+
+
+def _run(parts: list[_Part], need: int, workers: int) -> None:
     if workers == 1:
         _select(parts, need, map, ROOM)
     else:
         with ThreadPoolExecutor(workers) as pool:
             _select(parts, need, pool.map, ROOM * workers)
-    return results
+
+
+def _seem_zero(scores: Sequence[Array], held: Sequence[Array | None]) -> bool:
+    """Whether what is held has no score, as far as a few entries tell: weights pruned before are zero.
+
+    Then it is most likely among the lowest anyhow, and selecting without a look at what is held, which takes half as
+    long, finds the same.
+    """
+    for score, mask in zip(scores, held, strict=True):
+        if mask is not None and mask.size:
+            places = np.linspace(0, score.size - 1, min(score.size, PROBED), dtype=np.int64)
+            if np.any(score.flat[places][mask.flat[places]] != 0):
+                return False
+    return True
+
+
+def _within(held: Array, result: Array) -> bool:
+    """Whether all that is held is marked."""
+    modes: Any = [["readonly"], ["readonly"]]
+    with np.nditer([held, result], ["buffered", "external_loop", "zerosize_ok"], modes, buffersize=CHUNK // 2) as walk:
+        return not any(np.greater(h, r, out=scratch("within")[: h.size]).any() for h, r in walk)
 
 
 def side_by_side(function: Callable[..., Result], *arguments: Sequence[Any], size: int) -> list[Result]:
@@ -412,7 +443,7 @@ def _mark_gathered(parts: list[_Part], bag: Bag, quota: int) -> None:
     """Mark the `quota` lowest of the keys in the bag, which holds all that are not marked yet and might have to be."""
     keys, places = bag.keys[: bag.size], bag.places[: bag.size]
     key = np.partition(keys, quota - 1)[quota - 1]
-    below, ties = places[keys < key], places[keys == key]
+    below, ties = places.compress(keys < key), places.compress(keys == key)
     below.sort(kind="stable")
     ties.sort(kind="stable")
     quota -= below.size
