@@ -44,15 +44,24 @@ class Cost(NamedTuple):
     memory: float
 
 
+STARTED = """
+import os, subprocess, sys, time
+start = time.perf_counter()
+child = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, used = os.wait4(child.pid, 0)
+child.returncode = status
+print(status, time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
+"""
+
+
 def run(*command: object) -> Cost:
-    """A whole process."""
-    start = time.perf_counter()
-    child = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL)
-    _, status, used = os.wait4(child.pid, 0)
-    child.returncode = status
+    """A whole process, started by a small one: the peak memory of a child is at least its parent's."""
+    starter = [sys.executable, "-I", "-c", STARTED, *map(str, command)]
+    told = subprocess.run(starter, capture_output=True, text=True, check=True)
+    status, wall, cpu, memory = map(float, told.stdout.split())
     if status:
-        raise SystemExit(f"{command} failed")
-    return Cost(time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
+        raise SystemExit(f"{command} failed: {told.stderr.strip()}")
+    return Cost(wall, cpu, memory)
 
 
 def timed(work: Callable[[], object]) -> Cost:

@@ -34,6 +34,8 @@ from _files import BARS, COLUMNS, GB, LOADED, ROWS, Cost, bar, clear, least, row
 from _sizes import CURVES, MEMORY, conclude, plot, sizes
 from bench_select import SIDE, SPARSITY, extra_memory, processor, prune
 
+from onnxprune.algorithms.select import side_by_side
+
 HERE = Path(__file__).parent
 
 
@@ -90,9 +92,9 @@ def many_matrices(rounds: int) -> None:
     count = int(SPARSITY * total)
     outs = [np.empty_like(array) for array in arrays]
     works: dict[str, Callable[[], object]] = {
-        "each on its own": lambda: [
-            prune([a], [o], int(SPARSITY * a.size), 2) for a, o in zip(arrays, outs, strict=True)
-        ],
+        "each on its own": lambda: side_by_side(
+            lambda a, o: prune([a], [o], int(SPARSITY * a.size), 1), arrays, outs, size=total
+        ),
         "all together": lambda: prune(arrays, outs, count, 2),
     }
     times: dict[str, list[Cost]] = {name: [] for name in works}

@@ -19,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from onnxprune.algorithms.select import lowest, zero
+from onnxprune.algorithms.select import lowest, side_by_side, zero
 
 Array = np.ndarray[Any, Any]
 SIDE = 4096
@@ -28,8 +28,9 @@ COLUMNS = "{:44}{:>10}{:>9}{:>9}{:>10}"
 
 
 def prune(scores: list[Array], outs: list[Array], count: int, threads: int) -> None:
-    for score, mask, out in zip(scores, lowest(scores, count, threads=threads), outs, strict=True):
-        zero(score, mask, out)
+    masks = lowest(scores, count, threads=threads)
+    size = sum(score.size for score in scores) if threads > 1 else 0
+    side_by_side(zero, scores, masks, outs, size=size)
 
 
 def partition(matrix: Array, count: int) -> None:
