@@ -1,9 +1,9 @@
 """The fastest model within a point of accuracy: `python bench_auto.py [NAME ...] [--minutes 10]`.
 
 Trained models of other packages (`_data.py`) are searched by `onnxprune.autoprune(target="latency", max_drop=0.01)` on
-their labelled data, 30 % of which are held back. Printed is, of each way to prune, the fastest model that was within the
-point on the data of the search, and what was kept: what it loses on the data held back, and its latency in onnxruntime
-beside the dense model's, measured in turns. `--reports FOLDER` keeps the JSON of each search.
+their labelled data, 30 % of which are held back. Printed is, of each way to prune, the fastest model that was within
+the point on the data of the search, and what was kept: what it loses on the data held back, and its latency in
+onnxruntime beside the dense model's, measured in turns. `--reports FOLDER` keeps the JSON of each search.
 """
 
 from __future__ import annotations
