@@ -12,7 +12,7 @@ from onnx import helper
 
 from onnxprune.graph import expression as ex
 from onnxprune.graph.model import Model
-from onnxprune.graph.trace import Use
+from onnxprune.graph.trace import Tracer, Untraceable, Use
 from onnxprune.graph.weights import Skipped, Weight, find
 from onnxprune.lowering.cover import Cover, cover
 from onnxprune.structure.facts import Facts
@@ -82,6 +82,7 @@ def layers(model: Model, facts: Facts, others: Facts) -> tuple[list[Layer], list
     """
     opset = next(o.version for o in model.proto.opset_import if o.domain in ("", "ai.onnx"))
     nodes = {name: node for node in model.proto.graph.node for name in node.output if name}
+    tracer = Tracer(model.graph)
     found: list[Layer] = []
     skipped: list[Skipped] = []
     for weight in find(model)[0]:
@@ -93,7 +94,7 @@ def layers(model: Model, facts: Facts, others: Facts) -> tuple[list[Layer], list
             live = np.asarray(rows.reshape(*rows.shape[:2], -1).any(2))
             if live.mean() > 0.85 or min(live.shape) < 2:
                 continue
-            layer = _layer(model, (facts, others), weight, use, nodes, live, rows, values, opset)
+            layer = _layer(model, (facts, others), weight, use, tracer, nodes, live, rows, values, opset)
             if isinstance(layer, Layer):
                 found.append(layer)
             else:
@@ -106,6 +107,7 @@ def _layer(
     facts: tuple[Facts, Facts],
     weight: Weight,
     use: Use,
+    tracer: Tracer,
     nodes: Mapping[str, onnx.NodeProto],
     live: np.ndarray,
     rows: np.ndarray,
@@ -121,7 +123,7 @@ def _layer(
     shape, other = (f.shapes.get(name) for f in facts)
     if shape is None:
         return f"the shape of its data is not known: {facts[0].unknown.get(name, 'no inference')}"
-    bias = _bias(model, node, rows.shape[0])
+    bias = _bias(model, use, tracer, rows.shape[0])
     if isinstance(bias, str):
         return bias
     batch = values.shape[:-2] if node.op_type in PRODUCTS else ()
@@ -172,18 +174,21 @@ def _obstacle(use: Use, node: onnx.NodeProto | None) -> str:
     return ""
 
 
-def _bias(model: Model, node: onnx.NodeProto, outputs: int) -> np.ndarray | str | None:
-    if node.op_type == "MatMul" or node.op_type in RECURRENT or len(node.input) < 3 or not node.input[2]:
+def _bias(model: Model, use: Use, tracer: Tracer, outputs: int) -> np.ndarray | str | None:
+    """What the operator adds, an entry for each output; or why it stays dense."""
+    node = use.site
+    if node is None or node.op_type == "MatMul" or node.op_type in RECURRENT or len(node.inputs) < 3:
         return None
-    name = node.input[2]
-    stored = model.graph.graph.initializers.get(name)
-    producers = {output: n for n in model.proto.graph.node for output in n.output if n.op_type == "Identity"}
-    while stored is None and name in producers:  # exporters share equal biases so
-        name = producers[name].input[0]
-        stored = model.graph.graph.initializers.get(name)
-    if stored is None or stored.const_value is None:
-        return f"the bias '{node.input[2]}' of its {node.op_type} is computed"
-    values = model.current(stored.const_value)
+    value = node.inputs[2]
+    if value is None:
+        return None
+    what = f"the bias '{value.name}' of its {node.op_type}"
+    if not tracer.is_constant(value, use.scope):
+        return f"{what} is computed"
+    try:
+        values = ex.compute(tracer.trace(value, use.scope), lambda leaf: model.current(leaf.tensor))
+    except Untraceable as reason:
+        return f"{what} is computed: {reason}"
     if values.size != outputs:
-        return f"the bias '{node.input[2]}' of its {node.op_type} has the shape {list(values.shape)}"
+        return f"{what} has the shape {list(values.shape)}"
     return values.reshape(-1)
