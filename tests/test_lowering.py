@@ -99,13 +99,6 @@ def recurrent(op: str, directions: int = 1, outputs: str = "y", states: bool = F
 NETS = {
     "conv": conv("pads = [1, 1, 1, 1]", (3, 3), "7, 9"),
     "conv without bias": conv("pads = [1, 1, 1, 1]", (3, 3), "7, 9", bias=False),
-    "conv whose bias is moved": parse(
-        "(float[2, 32, 7, 9] x) => (float[] y) { r = Reshape(b, to) q = Squeeze(r, axes) y = Conv(x, w, q) }",
-        w=np.random.default_rng(1).normal(size=(48, 32, 3, 3)).astype(F32),
-        b=np.random.default_rng(2).normal(size=(2, 24)).astype(F32),
-        to=np.array([1, 48, 1, 1]),
-        axes=np.array([0, 2, 3]),
-    ),  # as tf2onnx writes what TensorFlow adds to a channels-first product
     "conv 1x1": conv("strides = [2, 2]", (1, 1), "7, 9"),
     "conv stride dilation": conv("strides = [2, 1], dilations = [1, 2]", (3, 3), "9, 11"),
     "conv auto_pad": conv('auto_pad = "SAME_UPPER", strides = [2, 2]', (3, 3), "9, 11"),
@@ -276,6 +269,22 @@ ENDS = {
     "s = Slice (c, from, to, axis) q = Concat <axis = 1> (s, s) t = Transpose <perm = [0, 2, 3, 1]> (q) "
     "y = MatMul (t, w4)": 1,
 }
+
+
+def test_a_bias_that_is_moved():
+    """As tf2onnx writes one that TensorFlow adds to a channels-first product."""
+    model = parse(
+        "(float[2, 32, 7, 9] x) => (float[] y) { r = Reshape(b, to) q = Squeeze(r, axes) y = Conv(x, w, q) }",
+        w=np.random.default_rng(1).normal(size=(48, 32, 3, 3)).astype(F32),
+        b=np.random.default_rng(2).normal(size=(2, 24)).astype(F32),
+        to=np.array([1, 48, 1, 1]),
+        axes=np.array([0, 2, 3]),
+    )
+    lower, report = lowered(masked(model).model, latencies=Always())
+    assert [row.name for row in report.rows] == ["w"]
+    assert report.difference is not None
+    assert report.difference < 1e-5
+    assert not {"Reshape", "Squeeze"} & {node.op_type for node in lower.proto.graph.node}
 
 
 @pytest.mark.parametrize("end", ENDS)
