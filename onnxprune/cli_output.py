@@ -47,7 +47,7 @@ def interrupted(keep: Path | None) -> str:
     return f"interrupted; the same command goes on from here: what was done is kept in '{keep}'"
 
 
-GRACE = 1.0
+GRACE = 1.5
 """Seconds from Ctrl-C on that the work is given to end."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import multiprocessing
 import os
 import pickle
 import signal
@@ -363,6 +364,7 @@ def _undisturbed() -> Iterator[None]:
     from multiprocessing import resource_tracker
 
     resource_tracker.ensure_running()  # or it is started on the way, and up to Python 3.12 lets the signal in again
+    _start_quietly()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -370,12 +372,39 @@ def _undisturbed() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _start_quietly() -> None:
+    """Start what clears up after joblib's processes without its warnings: at Ctrl-C there is much to clear up."""
+    from joblib.externals.loky.backend import resource_tracker
+
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = "ignore"
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONWARNINGS"]
+        else:
+            os.environ["PYTHONWARNINGS"] = before
+
+
+PATIENCE = 0.3
+"""Seconds in which a pool of processes may end them itself."""
+
+
 def end_processes() -> None:
     """Processes that measure would go on for as long as a measurement takes."""
-    if "joblib.externals.loky" in sys.modules:
-        from joblib.externals.loky import get_reusable_executor
+    if "joblib.externals.loky" not in sys.modules:
+        return
+    from joblib.externals.loky import get_reusable_executor
 
-        get_reusable_executor().shutdown(wait=False, kill_workers=True)
+    def close() -> None:
+        get_reusable_executor(reuse=True).shutdown(wait=False, kill_workers=True)
+
+    closing = threading.Thread(target=close, daemon=True)  # the pool is locked while another thread starts processes
+    closing.start()
+    closing.join(PATIENCE)
+    for process in multiprocessing.active_children():
+        process.terminate()
 
 
 def _measure_latency(

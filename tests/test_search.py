@@ -190,7 +190,9 @@ def test_a_killed_search_goes_on_to_the_same_table(files, tmp_path):
     assert not (tmp_path / "keep").exists()
 
 
-def test_ctrl_c_keeps_the_best_so_far(files, tmp_path):
+@pytest.mark.parametrize("later", [0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8])
+def test_ctrl_c_keeps_the_best_so_far(later, files, tmp_path):
+    """At any moment, also while processes are started: the pool of them is locked then."""
     output = tmp_path / "o.onnx"
     command = [sys.executable, "-m", "onnxprune", "auto", str(files[0]), "--data", str(files[1]), "-o", str(output)]
     command += ["--max-drop", "0.2", "--jobs", "2", "--json"]
@@ -203,11 +205,13 @@ def test_ctrl_c_keeps_the_best_so_far(files, tmp_path):
         if output.exists():
             break
         time.sleep(0.1)
+    time.sleep(later)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes of it
     told = time.monotonic()
     out, err = process.communicate(timeout=60)
     took = time.monotonic() - told
     assert process.returncode == 130
+    assert out, err
     found = json.loads(out)
     assert found["ended"] == "interrupted"
     assert found["best"]["written"]

@@ -153,7 +153,8 @@ def main() -> None:
     data = {"tokens": inputs, "labels": labels}
     for title, model in (("as trained", net), ("with uneven inputs", uneven(net))):
         ratios = sorted(spread(model, calibration["tokens"][:32]))
-        print(f"\n{title}: largest norm of an input over the median {ratios[0]:.1f} to {ratios[-1]:.1f}, {np.median(ratios):.1f}")
+        of = f"{ratios[0]:.1f} to {ratios[-1]:.1f}, in the median layer {np.median(ratios):.1f}"
+        print(f"\n{title}: largest norm of an input over the median {of}")
         compare(model, calibration, data)
 
 
