@@ -140,6 +140,27 @@ def no_version() -> onnx.ModelProto:
     return model
 
 
+def version_zero() -> onnx.ModelProto:
+    model = no_body()
+    model.opset_import.add(domain="ai.onnx", version=0)
+    return model
+
+
+def called(inputs: int, outputs: int) -> onnx.ModelProto:
+    """A function of one input and one output, called with others."""
+    model = parse("(float[2,4] x) => (float[2,4] y) { y = own.dense(x) }")
+    call = model.graph.node[0]
+    call.input.extend(["x"] * (inputs - 1))
+    call.output.extend(f"more{i}" for i in range(outputs - 1))
+    model.opset_import.add(domain="own", version=1)
+    model.functions.append(
+        helper.make_function(
+            "own", "dense", ["a"], ["b"], [helper.make_node("Relu", ["a"], ["b"])], [helper.make_opsetid("", 21)]
+        )
+    )
+    return model
+
+
 REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     "an attribute without its tensor": (empty_constant, "attribute 'value' of a Constant node is empty"),
     "a group of several numbers": (
@@ -160,6 +181,9 @@ REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     "values in two fields": (two_fields, "tensor 'w' has values in several places (raw_data, int64_data)"),
     "a part of a tensor": (segment, "tensor 'w' has values in several places (raw_data, segment)"),
     "a node without operands": (no_operand, "a Transpose node has 0 operands, and takes 1"),
+    "version 0 of ai.onnx, after another": (version_zero, "is of version 0 of ai.onnx, which there is not"),
+    "more results than a function gives": (lambda: called(1, 2), "a dense node has 2 results, and gives 1"),
+    "more operands than a function takes": (lambda: called(2, 1), "a dense node has 2 operands, and takes 1"),
     "no version of ai.onnx": (no_version, "is of ai.onnx, but the model imports no version of it"),
 }
 
@@ -210,10 +234,15 @@ SKIPPED: dict[str, tuple[Callable[[], onnx.ModelProto], str, str]] = {
         "w",
         "its layout cannot be computed as the graph describes it",
     ),
+    "a vector for a convolution's weight": (
+        lambda: parse("(float[1,2,5] x) => (float[1,3,3] y) { y = Conv(x, w) }", w=np.ones(8, np.float32)),
+        "w",
+        "a kernel has at least 3 axes, and it has 1",
+    ),
     "a number for a convolution's weight": (
         lambda: parse("(float[1,2,5] x) => (float[1,3,3] y) { y = Conv(x, w) }", w=np.float32(1).reshape(())),
         "w",
-        "cannot read it",
+        "a kernel has at least 3 axes, and it has 0",
     ),
 }
 

@@ -65,6 +65,9 @@ class Role:
 
 
 def _conv(x: Array, attributes: Mapping[str, Any]) -> Array:
+    """(M, C/group, *k)."""
+    if x.ndim < 3:
+        raise ValueError(f"a kernel has at least 3 axes, and it has {x.ndim}")
     return x
 
 

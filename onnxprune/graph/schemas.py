@@ -29,7 +29,7 @@ def check_nodes(proto: onnx.ModelProto, what: str) -> None:
         PruneError: with the first one that is not.
     """
     opsets = _versions(proto.opset_import)
-    own = {(function.domain, function.name) for function in proto.functions}
+    own = {(function.domain, function.name, function.overload): function for function in proto.functions}
     for function in proto.functions:
         _check(function, {**opsets, **_versions(function.opset_import)}, own, what)
     _check(proto.graph, opsets, own, what)
@@ -40,7 +40,10 @@ def _versions(imports: Iterator[onnx.OperatorSetIdProto]) -> dict[str, int]:
 
 
 def _check(
-    graph: onnx.GraphProto | onnx.FunctionProto, opsets: Mapping[str, int], own: set[tuple[str, str]], what: str
+    graph: onnx.GraphProto | onnx.FunctionProto,
+    opsets: Mapping[str, int],
+    own: Mapping[tuple[str, str, str], onnx.FunctionProto],
+    what: str,
 ) -> None:
     stack = [graph]
     while stack:
@@ -50,10 +53,24 @@ def _check(
                 if field is not None and not attribute.HasField(field) and not attribute.ref_attr_name:
                     raise PruneError(f"{what}: attribute '{attribute.name}' of {named(node)} is empty; export it again")
                 stack += [attribute.g] if attribute.HasField("g") else attribute.graphs
-            if node.domain in STANDARD and (node.domain, node.op_type) not in own:
-                reason = _wrong(node, opsets)
-                if reason:
-                    raise PruneError(f"{what}: {named(node)} {reason}, which no runtime accepts; export it again")
+            function = own.get((node.domain, node.op_type, node.overload))
+            if function is not None:
+                reason = _wrong_call(node, function)
+            else:
+                reason = _wrong(node, opsets) if node.domain in STANDARD else ""
+            if reason:
+                raise PruneError(f"{what}: {named(node)} {reason}, which no runtime accepts; export it again")
+
+
+def _wrong_call(node: onnx.NodeProto, function: onnx.FunctionProto) -> str:
+    """What is wrong with a call of one of the model's functions; empty where nothing is."""
+    for count, most, what in (
+        (len(node.input), len(function.input), "operands, and takes"),
+        (len(node.output), len(function.output), "results, and gives"),
+    ):
+        if count > most:
+            return f"has {count} {what} {most}"
+    return ""
 
 
 def named(node: onnx.NodeProto) -> str:
@@ -65,6 +82,8 @@ def _wrong(node: onnx.NodeProto, opsets: Mapping[str, int]) -> str:
     """What is wrong with a node of ai.onnx; empty where nothing is, or its operator is not known."""
     if "" not in opsets:
         return "is of ai.onnx, but the model imports no version of it"
+    if opsets[""] < 1:
+        return f"is of version {opsets['']} of ai.onnx, which there is not"
     schema = _schema(node.op_type, opsets[""])
     if schema is None:
         return ""
