@@ -90,6 +90,9 @@ def leave(status: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
+    if "multiprocessing" in sys.modules:  # what a thread has started since others were ended
+        for process in sys.modules["multiprocessing"].active_children():
+            process.terminate()
     os._exit(status)
 
 
