@@ -68,8 +68,6 @@ def _interruptible(told: Callable[[], str]) -> Iterator[None]:
         while received := os.read(signalled, 1):
             if received[0] == signal.SIGINT and not ended.wait(GRACE):
                 say(told())
-                if "onnxprune.curves" in sys.modules:
-                    sys.modules["onnxprune.curves"].end_processes()
                 leave(INTERRUPTED)
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -86,11 +84,11 @@ def _interruptible(told: Callable[[], str]) -> Iterator[None]:
 
 
 def leave(status: int) -> NoReturn:
-    """End the process at once: what Python and the libraries take down at its end takes a second."""
+    """End the process, and those it has started, at once: what Python takes down at its end takes a second."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    if "multiprocessing" in sys.modules:  # what a thread has started since others were ended
+    if "multiprocessing" in sys.modules:
         for process in sys.modules["multiprocessing"].active_children():
             process.terminate()
     os._exit(status)

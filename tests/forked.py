@@ -49,29 +49,9 @@ class Server:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
 
-    def run(
-        self,
-        arguments: Sequence[object],
-        folder: Path,
-        *,
-        seconds: float = 60.0,
-        killed_after: float | None = None,
-        spare: int = 4096,
-        environment: Mapping[str, str] | None = None,
-    ) -> Outcome:
-        """Run a command line in a folder.
-
-        Args:
-            arguments: of onnxprune.
-            folder: the working directory.
-            seconds: after which it is killed.
-            killed_after: seconds after which it is killed whatever it does.
-            spare: megabytes of address space it may take.
-            environment: variables that it sees.
-        """
-        return self.start(
-            arguments, folder, seconds=seconds, killed_after=killed_after, spare=spare, environment=environment
-        )()
+    def run(self, arguments: Sequence[object], folder: Path, **options: Any) -> Outcome:
+        """Run a command line in a folder, with the options of `start`."""
+        return self.start(arguments, folder, **options)()
 
     def start(
         self,
@@ -83,7 +63,16 @@ class Server:
         spare: int = 4096,
         environment: Mapping[str, str] | None = None,
     ) -> Callable[[], Outcome]:
-        """The same, without waiting for it: what is returned does."""
+        """Start a command line in a folder; what is returned waits for its end.
+
+        Args:
+            arguments: of onnxprune.
+            folder: the working directory.
+            seconds: after which it is killed.
+            killed_after: seconds after which it is killed whatever it does.
+            spare: megabytes of address space it may take.
+            environment: variables that it sees.
+        """
         request = {
             "arguments": [str(a) for a in arguments], "folder": str(folder), "seconds": seconds,
             "killed_after": killed_after, "spare": spare, "environment": dict(environment or {}),

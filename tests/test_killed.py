@@ -145,8 +145,10 @@ def test_killed_at_random_moments(kind: str, where: str, count: int, forked: Ser
         assert stored(onnx.load(tmp_path / f"whole-{index}" / target)) == new
         took.append(done.seconds)
     moments = random.Random(f"{kind} {where} {count}")
-    killed = 0
+    killed = runs = 0
     while killed < count:
+        runs += 1
+        assert runs < 10 * count, f"of {runs} runs, only {killed} were killed"
         folder = shutil.copytree(scene, tmp_path / "folder")
         done = forked.run(command, folder, killed_after=moments.uniform(0, 1.1 * statistics.median(took)))
         killed += done.status == -9

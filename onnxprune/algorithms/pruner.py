@@ -218,9 +218,9 @@ def _decide_entry(
         allocation, share = below(entry.quality), 0.0
     units = []
     earlier = _held([weight for weight, _ in weights], held)
-    everything = [weight.values() for weight, _ in weights]
-    side_by_side(check_finite, [weight for weight, _ in weights], everything, size=sum(v.size for v in everything))
-    for (weight, pattern), values in zip(weights, everything, strict=True):
+    for weight, pattern in weights:
+        values = weight.values()
+        check_finite(weight, values)
         if entry.score in scores.CALIBRATED:
             score_of = scores.CALIBRATED[entry.score]
             made = pattern.units(score_of(values, norms[weight.name]), earlier.get(weight.name))

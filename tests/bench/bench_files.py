@@ -152,23 +152,30 @@ def files(folder: Path, gb: float, rounds: int) -> None:
         "onnxprune prune, a single file": [*command, single, "-o", folder / "out.onnx", *options],
         "load, np.partition, save; external data": [sys.executable, "-c", LOADED, external, folder / "out.onnx", "e"],
     }
-    times: dict[str, list[Cost]] = {name: [] for name in works}
-    for _ in range(rounds):
-        for name, work in works.items():
-            clear(folder, "keep-")
-            times[name].append(run(*work))
-    clear(folder, "nothing")
-    print(f"\na model of {size / GB:.2f} GB, whole processes")
-    print(COLUMNS.format("", "s", "cpu s", "MB", "x cp"))
-    found = {name: least(costs) for name, costs in times.items()}
+    found = processes(folder, size, works, rounds, "x cp")
     cp, synced, ours, alone, loaded = found.values()
-    for name, cost in found.items():
-        row(name, cost, f"{cost.memory / 1e6:.0f}", f"{cost.wall / cp.wall:.1f}")
     for name, cost, times_ in (("external data", ours, 4), ("a single file", alone, 6)):
         what = f"{size / GB:.2g} GB, {name}, less 0.6 s: cp ({cp.wall:.2f} s)"
         bar(3, what, (cost.wall - 0.6) / cp.wall, times_)
         print(f"  less 0.6 s, beside cp and sync: {(cost.wall - 0.6) / synced.wall:.2f}")
     bar(3, f"{size / GB:.2g} GB, load, np.partition, save: ours", loaded.wall / ours.wall, 4, least=True)
+
+
+def processes(folder: Path, size: int, works: dict[str, Sequence[object]], rounds: int, times: str) -> dict[str, Cost]:
+    """The least of some rounds of each process, printed beside the first one."""
+    costs: dict[str, list[Cost]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            clear(folder, "keep-")
+            costs[name].append(run(*work))
+    clear(folder, "nothing")
+    print(f"\na model of {size / GB:.2f} GB, whole processes")
+    print(COLUMNS.format("", "s", "cpu s", "MB", times))
+    found = {name: least(of) for name, of in costs.items()}
+    first = next(iter(found.values()))
+    for name, cost in found.items():
+        row(name, cost, f"{cost.memory / 1e6:.0f}", f"{cost.wall / first.wall:.1f}")
+    return found
 
 
 def startup(rounds: int) -> None:
@@ -210,17 +217,7 @@ def simplifier(folder: Path, peers: dict[str, str], rounds: int) -> None:
         "onnxprune prune, a single file": [*command, "--sparsity", str(SPARSITY), "--no-benchmark", "--json"],
         "onnxsim, a single file": [peers["onnxsim"], HERE / "_peers.py", "onnxsim", single, folder / "out.onnx"],
     }
-    times: dict[str, list[Cost]] = {name: [] for name in works}
-    for _ in range(rounds):
-        for name, work in works.items():
-            clear(folder, "keep-")
-            times[name].append(run(*work))
-    clear(folder, "nothing")
-    print(f"\na model of {size / GB:.2f} GB, whole processes")
-    print(COLUMNS.format("", "s", "cpu s", "MB", "x ours"))
-    ours, theirs = (least(costs) for costs in times.values())
-    for name, cost in zip(works, (ours, theirs), strict=True):
-        row(name, cost, f"{cost.memory / 1e6:.0f}", f"{cost.wall / ours.wall:.1f}")
+    ours, theirs = processes(folder, size, works, rounds, "x ours").values()
     bar(3, f"{size / GB:.2g} GB, onnxsim's magnitude pruning: ours", theirs.wall / ours.wall, 4, least=True)
 
 

@@ -1,6 +1,7 @@
 """How long the command goes on after Ctrl-C: `python tests/bench/bench_interrupt.py [runs]`.
 
-Each command is interrupted, with all its processes as a terminal does it, at random moments of its work.
+Each command is interrupted, with all its processes as a terminal does it, at random moments of its work: a search from
+when it has written a first model, about when it starts processes; the others some seconds after they were started.
 """
 
 from __future__ import annotations
@@ -36,21 +37,27 @@ COMMANDS = {
 }
 
 
-def interrupted(line: str, folder: Path, moment: float) -> float | None:
+def interrupted(line: str, folder: Path, random: random.Random) -> float | None:
     """Seconds from the signal to the end of the process; None where it had ended before."""
     levels = ",".join(f"{i / 1000:g}" for i in range(1, 900))
     process = subprocess.Popen(
         [sys.executable, "-m", "onnxprune", *line.format(levels=levels).split()],
         cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    time.sleep(moment)
+    if "out.onnx" in line:
+        while process.poll() is None and not (folder / "out.onnx").exists():
+            time.sleep(0.005)
+        time.sleep(random.uniform(0.0, 0.35))
+    else:
+        time.sleep(random.uniform(4.0, 7.0))
     if process.poll() is not None:
+        process.communicate()
         return None
     os.killpg(process.pid, signal.SIGINT)
     start = time.perf_counter()
-    _, told = process.communicate()
+    _, told = process.communicate(timeout=60)
     took = time.perf_counter() - start
-    assert process.returncode == 130, told
+    assert process.returncode == 130, (process.returncode, told)
     return took
 
 
@@ -67,7 +74,11 @@ def main() -> None:
         x = rng.standard_normal((900, 24)).astype(np.float32)
         np.savez(folder / "data.npz", x=x)
         for what, line in COMMANDS.items():
-            took = [interrupted(line, folder, moments.uniform(6.0, 9.0)) for _ in range(runs)]
+            took = []
+            for _ in range(runs):
+                took.append(interrupted(line, folder, moments))
+                for left in folder.glob("out.onnx*"):
+                    left.unlink()
             known = sorted(seconds for seconds in took if seconds is not None)
             if known:
                 print(
