@@ -61,23 +61,36 @@ def latencies(files: list[Path], seconds: float = 1.0) -> list[float]:
 
 
 def match(name: str) -> list[tuple[str, float]]:
-    """Patterns and shares to compare: for each share of grouped inputs the share of channels that is as fast."""
+    """Patterns and shares to compare: for each share of grouped inputs the share of channels that is as fast.
+
+    All that was timed, groups of 32 as well, is printed, with the weights that are left.
+    """
     example = torch.zeros(1, 1, 28, 28)
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "dense.onnx"
         LevelPruner([{"sparsity": 0.0}])(framework.make(name, 0).eval()).export(dense, example)
-        files = []
-        for pattern, shares in (("grouped", SHARES), ("channel", GRID)):
+        files = [dense]
+        tried = [("dense", 0.0)]
+        for pattern, shares in (("grouped", SHARES), ("channel", GRID), ("grouped:32", SHARES)):
             for share in shares:
-                files.append(Path(folder) / f"{pattern}-{share}.onnx")
-                chosen = {"op_types": ["Conv"]} if pattern == "grouped" else {"op_types": "default"}
+                files.append(Path(folder) / f"{len(files)}.onnx")
+                tried.append((pattern, share))
+                chosen = {"op_types": "default"} if pattern == "channel" else {"op_types": ["Conv"]}
                 onnxprune.prune(dense, [{"sparsity": share, "pattern": pattern, **chosen}], files[-1])
-        times = latencies(files)
-    grouped, channels = times[: len(SHARES)], np.array(times[len(SHARES) :])
+        times = dict(zip(tried, latencies(files), strict=True))
+        sizes = list(map(stored, files))
+    for (point, time), size in zip(times.items(), sizes, strict=True):
+        print(f"{name}, {point[0]}, {point[1]:.1%} removed: {time:.3f} ms, {size / sizes[0]:.1%} of the weights")
     points: list[tuple[str, float]] = []
-    for share, time in zip(SHARES, grouped, strict=True):
-        points += [("grouped", share), ("channel", GRID[int(np.abs(channels - time).argmin())])]
+    for share in SHARES:
+        near = min(GRID, key=lambda other, share=share: abs(times["channel", other] - times["grouped", share]))
+        points += [("grouped", share), ("channel", near)]
     return points
+
+
+def stored(file: Path) -> int:
+    """Entries of all weights of a file."""
+    return sum(int(np.prod(w.shape)) for w in onnxprune.inspect(file).weights)
 
 
 def run(name: str, seed: int, points: list[tuple[str, float]]) -> list[dict[str, Any]]:
@@ -114,7 +127,7 @@ def run(name: str, seed: int, points: list[tuple[str, float]]) -> list[dict[str,
             files.append(Path(folder) / f"{len(files)}.onnx")
             pruner.export(files[-1])
         rows = []
-        sizes = [sum(int(np.prod(w.shape)) for w in onnxprune.inspect(file).weights) for file in files]
+        sizes = list(map(stored, files))
         described = [("dense", 0.0), *points]
         for (pattern, share), file, ms, size in zip(described, files, latencies(files), sizes, strict=True):
             score = onnxprune.evaluate(file, data, threads=1, progress=False).score
