@@ -237,8 +237,8 @@ def measure(
 ) -> Sensitivity:
     """The curves of what the first entry of a configuration governs; see `sensitivity`.
 
-    `stopped` is asked after each measurement; where it says so, Stopped is raised. Without `finish` the checkpoint
-    stays. `norms` are those of each weight's inputs, where the score needs them.
+    `stopped` is asked before processes are started and after each measurement; where it says so, Stopped is raised.
+    Without `finish` the checkpoint stays. `norms` are those of each weight's inputs, where the score needs them.
     """
     entry = config.entries[0]
     model = load(source)
@@ -264,7 +264,7 @@ def measure(
     wanted = [(item, level) for item in items for level in tried]
     missing = [(item, level) for item, level in wanted if f"{item} {level}" not in keep.records]
     own = comparison.function
-    for (item, level), record in _run(name, blob, probe, own, missing, jobs, progress):
+    for (item, level), record in _run(name, blob, probe, own, missing, jobs, progress, stopped):
         keep.add(f"{item} {level}", record)
         if stopped():
             raise Stopped
@@ -325,7 +325,14 @@ def _measured(name: str, blob: Any, metric: Any, task: Task) -> Named:
 
 
 def _run(
-    name: str, blob: np.ndarray, probe: Probe, metric: Any, tasks: list[Task], jobs: int, progress: bool
+    name: str,
+    blob: np.ndarray,
+    probe: Probe,
+    metric: Any,
+    tasks: list[Task],
+    jobs: int,
+    progress: bool,
+    stopped: Callable[[], bool],
 ) -> Iterator[Named]:
     """Records as they are measured: here, or side by side through joblib."""
     from rich.console import Console
@@ -334,7 +341,7 @@ def _run(
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
         task = bar.add_task("measuring sensitivity", total=len(tasks))
-        for item in _here(probe, metric, tasks) if jobs == 1 else _beside(name, blob, metric, tasks, jobs):
+        for item in _here(probe, metric, tasks) if jobs == 1 else _beside(name, blob, metric, tasks, jobs, stopped):
             bar.advance(task)
             yield item
 
@@ -344,13 +351,17 @@ def _here(probe: Probe, metric: Any, tasks: list[Task]) -> Iterator[Named]:
         yield (item, level), probe.measured(item, level, metric)
 
 
-def _beside(name: str, blob: np.ndarray, metric: Any, tasks: list[Task], jobs: int) -> Iterator[Named]:
+def _beside(
+    name: str, blob: np.ndarray, metric: Any, tasks: list[Task], jobs: int, stopped: Callable[[], bool]
+) -> Iterator[Named]:
     from joblib import Parallel, delayed
 
     if not tasks:
         return
     calls = (delayed(_measured)(name, blob, metric, task) for task in tasks)
     with _undisturbed():
+        if stopped():  # a process half started when this one ends would say so among the results
+            raise Stopped
         found = Parallel(n_jobs=jobs, batch_size=1, return_as="generator_unordered")(calls)
     yield from found
 

@@ -212,6 +212,7 @@ def test_ctrl_c_keeps_the_best_so_far(later, files, tmp_path):
     took = time.monotonic() - told
     assert process.returncode == 130
     assert out, err
+    assert out, (took, err)
     found = json.loads(out)
     assert found["ended"] == "interrupted"
     assert found["best"]["written"]
