@@ -18,14 +18,11 @@ from onnxprune.graph.weights import Skipped, Weight, find
 from onnxprune.structure import facts as known
 from onnxprune.structure.cutting import Stuck, cut, keep
 from onnxprune.structure.flow import Flow, walk
-from onnxprune.structure.labels import Axis, Solution
+from onnxprune.structure.labels import LONG, Axis, Solution
 from onnxprune.structure.prepare import empty, prepare, skeleton
 from onnxprune.structure.reading import changed, sizes_behind
 from onnxprune.structure.rules import SHAPES
 from onnxprune.structure.site import Site
-
-LONG = 1 << 25
-"""Positions of the longest axis that labels are given to."""
 
 TRIALS = 50
 """Nodes that may turn out to be impossible to cut before a model is given up."""

@@ -19,8 +19,8 @@ Axis = np.ndarray
 Axes = tuple[Axis, ...]
 
 
-LARGEST = 1 << 26
-"""Positions of an axis that can be followed: beyond it, labels would fill a machine's memory."""
+LONG = 1 << 25
+"""Positions of the longest axis that labels are given to: beyond it, they would fill a machine's memory."""
 
 
 class Misfit(ValueError):  # noqa: N818  (a finding, not an error)
@@ -37,7 +37,7 @@ class Product:
 
 
 def _check_size(size: int) -> None:
-    if not 0 <= size <= LARGEST:
+    if not 0 <= size <= LONG:
         raise Misfit(f"an axis of {size} positions cannot be followed")
 
 
