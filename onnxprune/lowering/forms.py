@@ -149,12 +149,12 @@ def _columns(layer: Layer, piece: Piece) -> tuple[str, list[str]]:
         ends = np.array([*layer.data[:-2], layer.weight.shape[0] // layer.batch, -1], np.int64)
         return piece.add("Reshape", [columns, flat], "flat"), [piece.store(ends, "shape")]
     shape: list[str] = []
-    if rank > 2:
-        whole = piece.add("Shape", [data])
-        limits = [piece.store(np.array([i], np.int64), "limit") for i in (0, -1)]
-        lead = piece.add("Slice", [whole, *limits], "lead")
-        outputs = piece.store(np.array([layer.weight.shape[0]], np.int64), "outputs")
-        shape = [piece.add("Concat", [lead, outputs], "shape", axis=0)]
+    if rank != 2:
+        shape = [piece.store(np.array([layer.weight.shape[0]], np.int64), "outputs")]
+        if rank > 2:
+            whole = piece.add("Shape", [data])
+            limits = [piece.store(np.array([i], np.int64), "limit") for i in (0, -1)]
+            shape = [piece.add("Concat", [piece.add("Slice", [whole, *limits], "lead"), *shape], "shape", axis=0)]
         data = piece.add("Reshape", [data, piece.store(np.array([-1, layer.data[-1]], np.int64), "flat")], "flat")
     return piece.add("Transpose", [data], "columns", perm=[1, 0]), shape
 

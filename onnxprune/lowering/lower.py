@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
 from onnx import numpy_helper
 
@@ -13,6 +15,7 @@ from onnxprune.graph.companions import reads
 from onnxprune.graph.model import Model
 from onnxprune.graph.weights import Skipped
 from onnxprune.lowering.forms import BLOCK, Piece, candidates
+from onnxprune.lowering.hoist import hoist
 from onnxprune.lowering.latency import DENSE, Latencies
 from onnxprune.lowering.layers import Layer, layers
 from onnxprune.lowering.merge import merge
@@ -103,14 +106,16 @@ def lowered(
     latencies = latencies or Latencies()
     masked = prepare(model)
     sizes = choose(masked, shapes)
-    ready, (found, skipped) = masked, layers(masked, *_facts(masked, sizes))
-    if any(layer.idle for layer in found):
-        ready, found, skipped = _compacted(masked, sizes, found, skipped)
+    ready, facts = masked, _facts(masked, sizes)
+    found, skipped = layers(ready, *facts)
+    if any(layer.idle for layer in found) and (small := _compacted(masked, sizes, found)) is not None:
+        ready, facts = small, _facts(small, sizes)
+        found, skipped = layers(ready, *facts)
     if any(not layer.cover.ordered for layer in found):
         moved = absorb(couple(ready, *sizes), found)
         if moved is not None:
-            ready = moved
-            found, skipped = layers(ready, *_facts(ready, sizes))
+            ready, facts = moved, _facts(moved, sizes)
+            found, skipped = layers(ready, *facts)
     rows: list[LoweredRow] = []
     pieces: dict[str, Piece] = {}
     for layer in found:
@@ -125,7 +130,7 @@ def lowered(
     latencies.save()
     if not pieces and ready is masked:
         return model, Lowering((), tuple(skipped))
-    result = _replaced(ready, pieces)
+    result = _replaced(ready, pieces, facts[0])
     difference = _check(masked, result, sizes) if check else None
     if latencies.timing and (ratio := _ratio(masked, result, sizes[0], latencies.threads)) > 1:
         slower = f"with all layers lowered that gain on their own, the model takes {ratio:.2f} times as long"
@@ -133,16 +138,13 @@ def lowered(
     return result, Lowering(tuple(rows), tuple(skipped), difference)
 
 
-def _compacted(
-    masked: Model, sizes: tuple[Sizes, Sizes], found: list[Layer], skipped: list[Skipped]
-) -> tuple[Model, list[Layer], list[Skipped]]:
-    """The model without the channels that no layer reads any more, and its layers; as given where that cannot be."""
+def _compacted(masked: Model, sizes: tuple[Sizes, Sizes], found: Sequence[Layer]) -> Model | None:
+    """The model without the channels that no layer reads any more; None where that cannot be."""
     together = {layer.name: layer.cover.outputs for layer in found if layer.cover.groups > 1}
     try:
-        small, _, _ = compact(masked, sizes[0], BLOCK, together)
-        return small, *layers(small, *_facts(small, sizes))
+        return compact(masked, sizes[0], BLOCK, together)[0]
     except PruneError:
-        return masked, found, skipped
+        return None
 
 
 def fastest(times: Mapping[str, float]) -> str:
@@ -180,8 +182,15 @@ def _ratio(masked: Model, result: Model, shapes: Sizes, threads: int) -> float:
     return second / first
 
 
-def _replaced(ready: Model, pieces: Mapping[str, Piece]) -> Model:
+def _replaced(ready: Model, pieces: Mapping[str, Piece], facts: known.Facts) -> Model:
     """The model with nodes replaced; what nobody reads any more is left out."""
+    stored = {str(value.name): value.const_value for value in ready.graph.graph.initializers.values()}
+
+    @functools.cache
+    def constant(name: str) -> np.ndarray | None:
+        tensor = stored.get(name)
+        return None if tensor is None else ready.current(tensor)
+
     proto = onnx.ModelProto()
     proto.CopyFrom(ready.proto)
     graph = proto.graph
@@ -192,10 +201,13 @@ def _replaced(ready: Model, pieces: Mapping[str, Piece]) -> Model:
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     tensors = {name: values for piece in pieces.values() for name, values in piece.tensors.items()}
     inner = {name for node in copies for name in reads(node) if name not in node.input}
-    copies, merged = merge(copies, tensors, [*(value.name for value in graph.output), *inner])
+    outputs = [*(value.name for value in graph.output), *inner]
+    copies, merged = merge(copies, tensors, outputs)
+    tensors.update(merged)
+    copies = hoist(copies, tensors, facts.shapes, constant, outputs)
     del graph.node[:]
     graph.node.extend(copies)
-    graph.initializer.extend(numpy_helper.from_array(merged.get(name, tensors[name]), name) for name in tensors)
+    graph.initializer.extend(numpy_helper.from_array(values, name) for name, values in tensors.items())
     _drop_unread(graph)
     return ready.made(proto)
 

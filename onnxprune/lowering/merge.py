@@ -62,7 +62,7 @@ def _gathers(
     outputs: set[str],
 ) -> list[onnx.NodeProto]:
     """The Gathers of one axis that read a Gather's result; none where anything else does."""
-    axis, found, names = _axis(first), [], [first.output[0]]
+    axis, found, names = axis_of(first), [], [first.output[0]]
     while names:
         name = names.pop()
         if name in outputs or not readers.get(name):
@@ -70,7 +70,7 @@ def _gathers(
         for node in readers[name]:
             if node.domain not in STANDARD_DOMAINS or node.input[0] != name or name in node.input[1:]:
                 return []
-            if node.op_type == "Gather" and node.input[1] in tensors and _axis(node) == axis:
+            if node.op_type == "Gather" and node.input[1] in tensors and axis_of(node) == axis:
                 found.append(node)
             elif node.op_type in ALIKE or (node.op_type in CHANNELWISE and axis == 1):
                 names.extend(output for output in node.output if output)
@@ -79,5 +79,6 @@ def _gathers(
     return found
 
 
-def _axis(node: onnx.NodeProto) -> int:
+def axis_of(node: onnx.NodeProto) -> int:
+    """The axis that a Gather takes positions of."""
     return next((int(a.i) for a in node.attribute if a.name == "axis"), 0)

@@ -1,4 +1,4 @@
-"""Grouped inputs, lowered, beside the dense model: `python bench_grouped.py [layers] [norms] [SECTION ...] [name ...]`.
+"""Grouped inputs, lowered, beside the dense model: `python bench_grouped.py [layers] [norms] [profiles] [SECTION ...]`.
 
 Sections are those of bench_channels.py (structures, transformers, files, keras): each of their architectures is lowered
 wherever its zeros allow, faster or not, and held against the masked model.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import logging
 import os
 import sys
@@ -117,6 +118,41 @@ def layers(seconds: float) -> Iterator[list[str]]:
             wider = f"{ideal[1]:.2f}" if barred else ""
             cells = [what, f"{found[0].sparsity:.0%}", f"{groups}", form, f"{before / after[0]:.2f}"]
             yield [*cells, f"{ideal[0]:.2f}", bar, wider]
+
+
+def profile(model: onnx.ModelProto, runs: int = 30) -> dict[str, float]:
+    """Microseconds of a run by operator of the graph that onnxruntime makes of a model."""
+    import onnxruntime as ort
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.enable_profiling = True
+        options.profile_file_prefix = f"{folder}/run"
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        feed, _ = random_feeds(model)
+        for _ in range(runs):
+            session.run(None, feed)
+        events = json.loads(Path(session.end_profiling()).read_text())
+    taken: dict[str, list[float]] = {}
+    for event in events:
+        if event["name"].endswith("_kernel_time"):
+            taken.setdefault(event["args"]["op_name"], []).append(float(event["dur"]))
+    return {op: float(np.median(times)) * len(times) / runs for op, times in taken.items()}
+
+
+def profiles(share: float) -> Iterator[list[str]]:
+    """One row per 3x3 convolution: where the time of the dense and of the lowered one goes."""
+    moves = ("Gather", "ReorderInput", "ReorderOutput")
+    for what, dense, barred in cases():
+        if not barred:
+            continue
+        result = onnxprune.prune(dense, [{"sparsity": share, "pattern": "grouped", "op_names": ["w"]}])
+        before, after = profile(dense), profile(result.to_proto())
+        times = [[found.get(op, 0.0) for op in ("Conv", *moves)] for found in (before, after)]
+        ideal = [(times[0][0] / times[1][0]), sum(times[0]) / sum(times[1])]
+        cells = [" + ".join(f"{value:.0f}" for value in row) for row in times]
+        yield [what, *cells, *(f"{value * (1 - result.sparsity):.2f}" for value in ideal)]
 
 
 def network(name: str, folder: Path, share: float, seconds: float, channels: bool) -> list[str]:
@@ -228,7 +264,7 @@ def table(header: Sequence[str], rows: Iterator[list[str]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("words", nargs="*", metavar="layers|norms|name")
+    parser.add_argument("words", nargs="*", metavar="layers|norms|profiles|name")
     parser.add_argument("--share", type=float, default=0.75, help="of the weights of each layer that go")
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing for each model")
     parser.add_argument("--no-channels", action="store_true", help="do not search for channels of equal latency")
@@ -237,12 +273,15 @@ def main() -> None:
     logging.disable(logging.WARNING)
     print(f"{processor()}, {os.cpu_count()} CPUs; {versions()}; one thread\n", flush=True)
     words = options.words or ["layers", "norms", *NETS]
-    if sections := set(words) - {"layers", "norms", *NETS}:
+    if sections := set(words) - {"layers", "norms", "profiles", *NETS}:
         header = ["architecture", "removed", "lowered", "difference", "stays dense because"]
         table(header, agreement(sections, options.share))
     if "layers" in words:
         header = ["layer", "removed", "groups", "form", "speed-up", "of ideal", "0.9 of ideal", "of ideal, grouped:128"]
         table(header, layers(min(options.seconds, 0.5)))
+    if "profiles" in words:
+        header = ["layer", "dense, us: Conv + Gather + to and from blocks", "lowered", "Conv of ideal", "all of ideal"]
+        table(header, profiles(options.share))
     if "norms" in words:
         table(["model", "weights", "one group", "neighbours by 32", "clustered by 32"], norms())
     names = [name for name in NETS if name in words]
