@@ -130,8 +130,9 @@ def test_groups_do_not_depend_on_memory_order_or_type():
 
 def test_sizes_by_shape():
     assert [choose(s) for s in [(256, 64, 3, 3), (256, 64, 1, 1), (3072, 768), (96, 24, 1, 1), (1000, 512)]] == [
-        64, 256, 256, 96, 200,
+        128, 256, 256, 96, 200,
     ]  # fmt: skip
+    assert [choose((outputs, 64, 3, 3)) for outputs in (32, 96, 128, 192, 512)] == [32, 96, 128, 96, 128]
     assert choose((256, 64, 3, 3), 32) == 8
     assert blocks(64).tolist() == [0, 16, 32, 48, 64]
     assert blocks(24).tolist() == [0, 4, 8, 12, 16, 20, 24]

@@ -1,13 +1,13 @@
 """Mutants of the code that decides what goes: how many of them the tests notice.
 
-    pip install cosmic-ray
+    pip install cosmic-ray coverage
     python tests/bench/mutants.py --count 300 -o mutants.jsonl     # goes on where it was stopped
     python tests/bench/mutants.py --show mutants.jsonl             # the table, and the survivors as patches
 
 Mutations are those of cosmic-ray: operators, comparisons, numbers, booleans, exceptions, loops, keywords. A sample of
 them is drawn by seed over all functions of algorithms/, structure/ and graph/, one mutant per line of code; those that
-change annotations only are left out. Each runs against the test files of its module, quick ones first, up to the first
-failure.
+change annotations only, or whether a dataclass is frozen and zip minds lengths, are left out. The tests run once under
+coverage; each mutant then runs against those that pass its line, quick ones first, up to the first failure.
 """
 
 from __future__ import annotations
@@ -22,74 +22,24 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 400
 """Of processor time that the tests of one mutant may take: it loops otherwise."""
 
-WEIGHTS = "weights_operators weights_layouts weights_parts weights_nesting weights_loops weights_types weights_refused"
-FILES = "model_files bad_files sparse patching saving masks fuzz"
-NETS = "structure_rules_matrices structure_rules_images structure_rules_control structure_quantised structure_contrib"
-RULES = "structure_rules_table structure_rules_bugs channels compact structure_tools"
+BUDGET = 150
+"""Seconds of tests for one mutant, the quickest first."""
 
-TESTS: dict[str, str] = {
-    "algorithms/select": "select pruner",
-    "algorithms/cuts": "cuts patching pruner",
-    "algorithms/patterns": "patterns pruner config",
-    "algorithms/allocate": "allocate pruner search channels",
-    "algorithms/schedules": "schedules pruner",
-    "algorithms/scores": "scores pruner channels",
-    "algorithms/pruner": "pruner allocate cuts api config",
-    "algorithms/grouped": "grouped lowering",
-    "algorithms/sparsegpt": "sparsegpt",
-    "algorithms/reconstruct": "reconstruct sparsegpt",
-    "graph/masks": "masks pruner fuzz",
-    "graph/wire": "wire patching",
-    "graph/assemble": "patching saving model_files",
-    "graph/saving": "saving patching model_files killed sparse",
-    "graph/stored": "patching saving model_files",
-    "graph/values": "cuts patching inspection",
-    "graph/sparse": "sparse model_files bad_files",
-    "graph/files": "saving masks model_files killed",
-    "graph/macs": "inspection",
-    "graph/inputs": "calibrate sparsegpt reconstruct",
-    "graph/companions": "calibrate reconstruct",
-    "graph/shapes": "inspection calibrate",
-    "graph/expression": f"expression {WEIGHTS}",
-    "graph/roles": f"{WEIGHTS} patterns",
-    "graph/loops": f"weights_loops {WEIGHTS}",
-    "graph/trace": f"{WEIGHTS} fuzz function_constants",
-    "graph/scope": f"weights_nesting {WEIGHTS} function_constants",
-    "graph/weights": f"{WEIGHTS} match pruner masks fuzz",
-    "graph/schemas": "fuzz",
-    "graph": f"{FILES} bad_input function_constants {WEIGHTS}",
-    "structure/labels": f"labels {NETS} {RULES}",
-    "structure/verify": f"structure_tools channels compact {NETS}",
-    "structure/compact": f"compact lowering {NETS}",
-    "structure/channels": f"channels {NETS}",
-    "structure/rules/recurrent": f"structure_rules_matrices {NETS} {RULES}",
-    "structure/rules/quantised": f"structure_quantised structure_tools {RULES}",
-    "structure/rules/contrib": f"structure_contrib structure_tools {RULES}",
-    "structure/rules/contrib_attention": f"structure_contrib structure_tools {RULES}",
-    "structure/rules/contrib_shapes": f"structure_contrib structure_tools {RULES}",
-    "structure/control": f"structure_rules_control fuzz {NETS} {RULES}",
-    "structure/facts": f"structure_rules_control {NETS} {RULES} fuzz",
-    "structure": f"{NETS} {RULES} labels fuzz",
-}
-"""Module, or the folder of the others -> its test files, quick ones first."""
-
-
-def tests(module: str) -> list[str]:
-    """The test files of a module, each once."""
-    key = module
-    while key not in TESTS:
-        key = key.rpartition("/")[0]
-    return [f"tests/test_{name}.py" for name in dict.fromkeys(TESTS[key].split())]
+LEFT_OUT = ("keras", "tf1", "torch", "packaging", "killed", "determinism", "flat_memory", "models", "real_models")
+"""Test files, by what their names begin with, that need a framework or run other processes."""
 
 
 def bare(code: str) -> str:
@@ -102,6 +52,10 @@ def bare(code: str) -> str:
             node.annotation = None
         if isinstance(node, ast.AnnAssign):
             node.annotation = ast.Constant(None)
+        if isinstance(node, ast.ClassDef):
+            node.decorator_list = []
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "zip":
+            node.keywords = []
     return ast.dump(tree)
 
 
@@ -189,6 +143,55 @@ def run(folder: Path, files: list[str]) -> tuple[str, str]:
     return "killed", "it did not end"
 
 
+def passing(folder: Path, target: Path) -> tuple[Any, dict[str, float]]:
+    """Coverage by test function, and the seconds that each takes; of one run of all tests, kept beside the results."""
+    from coverage import CoverageData
+
+    data, times = target.with_suffix(".coverage"), target.with_suffix(".xml")
+    if not times.exists():
+        settings = folder / "coverage.ini"
+        settings.write_text("[run]\ndynamic_context = test_function\nsource_pkgs = onnxprune\n")
+        command = [sys.executable, "-m", "coverage", "run", f"--rcfile={settings}", f"--data-file={data.absolute()}"]
+        command += ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={times.absolute()}"]
+        left_out = tuple(f"test_{name}" for name in LEFT_OUT)
+        files = sorted(path.name for path in (folder / "tests").glob("test_*.py"))
+        command += [f"tests/{name}" for name in files if not name.startswith(left_out)]
+        environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{folder / 'tests'}"}
+        if subprocess.run(command, cwd=folder, env=environment, check=False).returncode:
+            times.unlink(missing_ok=True)
+            raise SystemExit("tests fail without a mutation, too")
+    seconds: dict[str, float] = collections.defaultdict(float)
+    for case in ElementTree.parse(times).iter("testcase"):
+        name = f"{case.get('classname', '').rpartition('.')[2]}.{case.get('name', '').partition('[')[0]}"
+        seconds[name] += float(case.get("time", 0))
+    coverage = CoverageData(str(data))
+    coverage.read()
+    return coverage, dict(seconds)
+
+
+def tests(coverage: Any, seconds: dict[str, float], module: str, code: str, changed: str) -> list[str]:
+    """The test functions that pass the lines of a change, the quickest first, up to the budget."""
+    edits = difflib.SequenceMatcher(None, code.splitlines(), changed.splitlines(), autojunk=False).get_opcodes()
+    lines = {line for kind, i, j, _, _ in edits if kind != "equal" for line in range(i + 1, max(j, i + 1) + 1)}
+    wanted = set(lines)
+    for node in ast.walk(ast.parse(code)):  # of a statement on several lines, any of them
+        body = getattr(node, "body", None)
+        if isinstance(node, (ast.stmt, ast.ExceptHandler)) and node.end_lineno is not None:
+            end = body[0].lineno - 1 if isinstance(body, list) and body else node.end_lineno
+            if any(node.lineno <= line <= end for line in lines):
+                wanted.update(range(node.lineno, end + 1))
+    file = next((f for f in coverage.measured_files() if f.endswith(f"/onnxprune/{module}.py")), "")
+    contexts = coverage.contexts_by_lineno(file) if file else {}
+    found = {context.rpartition("tests.")[2] for line in wanted for context in contexts.get(line, ())} - {""}
+    chosen, total = [], 0.0
+    for name in sorted(found & seconds.keys(), key=lambda name: (seconds[name], name)):
+        if chosen and total + seconds[name] > BUDGET:
+            break
+        total += seconds[name]
+        chosen.append("tests/{}.py::{}".format(*name.split(".", 1)))
+    return chosen
+
+
 def try_all(count: int, seed: int, target: Path) -> None:
     """Try every mutant of a sample that the file does not tell of yet."""
     import onnx_ir  # noqa: F401
@@ -196,8 +199,7 @@ def try_all(count: int, seed: int, target: Path) -> None:
     import pytest  # noqa: F401
 
     told = [json.loads(line) for line in target.read_text().splitlines()] if target.exists() else []
-    known = {tuple(line["mutant"]) for line in told if "mutant" in line}
-    passed = {line["passed"] for line in told if "passed" in line}
+    known = {tuple(line["mutant"]) for line in told}
     drawn = sample(count, seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -206,25 +208,20 @@ def try_all(count: int, seed: int, target: Path) -> None:
         for file in ("pyproject.toml", "README.md"):
             shutil.copy(ROOT / file, folder / file)
         (folder / "onnxprune" / "converters").symlink_to(folder / "converters")
+        coverage, seconds = passing(folder, target)
         for index, mutant in enumerate(drawn):
             if mutant in known:
                 continue
             module, operator, occurrence = mutant
-            for file in [file for file in tests(module) if file not in passed]:
-                outcome, where = run(folder, [file])
-                if outcome != "survived":
-                    raise SystemExit(f"{file} fails without a mutation, too: {where}")
-                passed.add(file)
-                with target.open("a") as out:
-                    out.write(json.dumps({"passed": file}) + "\n")
             code, changed = mutated(module, operator, occurrence)
             path = folder / "onnxprune" / f"{module}.py"
             path.write_text(changed)
             began = time.monotonic()
-            outcome, where = run(folder, tests(module))
+            chosen = tests(coverage, seconds, module, code, changed)
+            outcome, where = run(folder, chosen) if chosen else ("survived", "no test passes it")
             path.write_text(code)
             patch = "".join(difflib.unified_diff(code.splitlines(True), changed.splitlines(True), n=1))
-            line = {"mutant": mutant, "outcome": outcome, "where": where, "patch": patch}
+            line = {"mutant": mutant, "outcome": outcome, "where": where, "tests": len(chosen), "patch": patch}
             with target.open("a") as out:
                 out.write(json.dumps({**line, "seconds": round(time.monotonic() - began, 1)}) + "\n")
             print(f"{index + 1}/{len(drawn)} {outcome} {module} {operator} {where}", flush=True)
@@ -232,7 +229,7 @@ def try_all(count: int, seed: int, target: Path) -> None:
 
 def show(target: Path) -> None:
     """The table by folder, and every survivor."""
-    told = [line for line in map(json.loads, target.read_text().splitlines()) if "mutant" in line]
+    told = [json.loads(line) for line in target.read_text().splitlines()]
     counts = collections.Counter((entry["mutant"][0].split("/")[0], entry["outcome"]) for entry in told)
     print("| folder | mutants | killed | |\n|---|---|---|---|")
     for folder in sorted({folder for folder, _ in counts}):
