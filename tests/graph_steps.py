@@ -95,6 +95,8 @@ def picked(b: Builder, v: Value) -> Value:
     if b.flip():
         start, stride = b.pick(0, 1), b.pick(1, 2)
         count = len(range(start, v.channels, stride))
+        if not count:
+            return v
         ends = (b.ints(start), b.ints(2**31), b.ints(v.axis), b.ints(stride))
         return v.with_channels(b.node("Slice", v.name, *ends), count)
     places = b.rng.permutation(v.channels)[: max(2, v.channels - b.pick(0, 1))]

@@ -16,7 +16,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 import onnxprune
 from onnxprune import AGPPruner, PruneError
+from onnxprune.algorithms.allocate import ALLOCATIONS
+from onnxprune.algorithms.pruner import Clock
 from onnxprune.algorithms.scores import CHANNEL_SCORES
+from onnxprune.config import load as load_config
 from onnxprune.graph.model import load
 from onnxprune.structure import explain
 from onnxprune.structure.channels import Group, rounded
@@ -161,6 +164,16 @@ def test_global_allocation_takes_where_it_costs_least():
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * 100, "up"))
     result = onnxprune.prune(model, [{"sparsity": 0.3, "pattern": "channel", "allocation": "global"}], align=1)
     assert [g.kept for g in result.report.groups] == [16 - 1665 // 315, 32]  # 30 % of 5,552 entries, 315 a channel
+
+
+@pytest.mark.parametrize("allocation", sorted(set(ALLOCATIONS) - {"sensitivity"}))
+def test_shares_are_for_the_allocation_that_asks_for_them(allocation):
+    config = load_config([{"sparsity": 0.5, "pattern": "channel", "allocation": allocation}])
+    plan = Plan.of(load(residual()))
+    plan.choose(config, Clock())
+    alone = plan.removed
+    plan.choose(config, Clock(), shares=dict.fromkeys(alone, 0.1))
+    assert all(np.array_equal(plan.removed[name], gone) for name, gone in alone.items())
 
 
 def test_at_least_a_tenth_stays():

@@ -79,6 +79,7 @@ def open_session(
     label: str | None = None,
     spinning: bool = False,
     lean: bool = False,
+    exact: bool = False,
 ) -> Session:
     """Load a model on onnxruntime's CPU provider.
 
@@ -90,6 +91,8 @@ def open_session(
         spinning: whether idle threads spin, which makes other processes slower.
         lean: leave weights of external data files where they are, mapped, instead of copying them into another layout:
             slower runs, and hardly any memory.
+        exact: multiply in the type that the model says; else onnxruntime rounds what is multiplied by a weight behind
+            a DequantizeLinear to 8 bits, in blocks.
 
     Raises:
         PruneError: the file is missing or no valid model, a ModelProto keeps data in external files, or
@@ -106,6 +109,8 @@ def open_session(
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
     options.log_severity_level = 4  # what matters comes as an exception
+    if exact:
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if lean:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
