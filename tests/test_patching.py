@@ -209,6 +209,14 @@ def test_external_data(kind: str, config: str, tmp_path: Path) -> None:
     assert (tmp_path / "out.onnx.data").read_bytes() == expected(content, plain, after)
 
 
+def test_a_weight_at_the_start_of_its_file_stays_there(tmp_path: Path) -> None:
+    weight = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    model = parse("(float[N, 64] x) => (float[N, 64] y) { y = MatMul(x, w) }", w=weight)
+    onnx.save(model, tmp_path / "a.onnx", save_as_external_data=True, location="a.data", size_threshold=0)
+    prune(tmp_path / "a.onnx", HALF, tmp_path / "b.onnx")
+    assert (tmp_path / "b.onnx.data").stat().st_size == weight.nbytes
+
+
 def test_the_record_is_replaced(way: str, tmp_path: Path) -> None:
     """Pruned three times, in place and not, a file has one record, and is what pruning once makes it."""
     content = odd(net())

@@ -177,6 +177,15 @@ def test_a_measured_factor_lowers_the_threshold_of_its_weight():
     assert spared["conv.weight"] == plain["conv.weight"]
 
 
+def test_weights_without_norms_are_left_out_and_the_others_are_not():
+    weights = find(load_model(net()))[0]
+    config = load([{"sparsity": 0.5, "score": "wanda"}])
+    norms = {weight.name: np.ones(weight.role_shape[1:]) for weight in weights}
+    for name in norms:
+        decided, skipped = decide(config, weights, norms={other: norms[other] for other in norms if other != name})
+        assert (decided.keys(), skipped) == (norms.keys() - {name}, [])
+
+
 def test_sensitivity_with_data_takes_more_from_what_does_not_matter():
     """mm's output is multiplied by zero, proj decides everything: mm loses nothing, so it gives more."""
     model = net()

@@ -5,16 +5,26 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+import numpy as np
 import onnx
 import pytest
 from google.protobuf.message import DecodeError
 from model_files import many_small, net, typed
-from onnx import TensorProto
+from onnx import TensorProto, helper, numpy_helper
 from test_patching import NETS, odd, read, sparse
 
 from onnxprune import PruneError, prune
 from onnxprune.graph import model as loading
 from onnxprune.graph import wire
+
+
+def long_names() -> onnx.ModelProto:
+    """Tensors of little and of much data, each with a name that makes it a large message."""
+    tensors = [helper.make_tensor(100 * str(i), TensorProto.FLOAT, [n], np.ones(n)) for i, n in enumerate([4, 90] * 2)]
+    for tensor in tensors:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
+    return helper.make_model(helper.make_graph([], "g", [], [], tensors))
+
 
 FILES: dict[str, Callable[[], bytes]] = {
     **{name: (lambda make=make: make().SerializeToString()) for name, make in NETS.items()},  # type: ignore[misc]
@@ -22,6 +32,7 @@ FILES: dict[str, Callable[[], bytes]] = {
     "typed": lambda: typed(net()).SerializeToString(),
     "many small": lambda: many_small().SerializeToString(),
     "sparse": lambda: sparse().SerializeToString(),
+    "long names": lambda: long_names().SerializeToString(),
 }
 
 
@@ -64,6 +75,18 @@ def test_spans_are_where_the_data_are(name: str) -> None:
     found = {path: content[s.offset : s.offset + s.length] for path, s in spans.items()}
     model = onnx.ModelProto.FromString(content)
     assert found == {path: tensor.raw_data for path, tensor in wire.paths(model) if tensor.HasField("raw_data")}
+
+
+def test_data_are_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit of text holds for names, not for what tensors hold."""
+    content = FILES["long names"]()
+    text, data = 4 * 100, 4 * 2 * (4 + 90)
+    monkeypatch.setattr(wire, "TEXT", text + 100)
+    assert data > wire.TEXT
+    wire.measure(*read(content))
+    monkeypatch.setattr(wire, "TEXT", text - 1)
+    with pytest.raises(wire.Oversized, match="of text beside its tensors"):
+        wire.measure(*read(content))
 
 
 def test_notes_are_found_whole() -> None:
