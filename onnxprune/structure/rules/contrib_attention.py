@@ -73,8 +73,8 @@ def _bias_of_scores(site: Site, operand: int, heads: Axis) -> None:
             site.pin(axis, ALONG)
 
 
-def _results(site: Site, heads: Axis, states: int) -> None:
-    """Further results: `states` caches (batch, heads, sequence, positions), then scores of that form."""
+def _results(site: Site, heads: Axis) -> None:
+    """Further results: caches (batch, heads, sequence, positions), and scores of that form."""
     for index in range(1, len(site.node.output)):
         if not site.node.output[index]:
             site.give([])
@@ -83,7 +83,7 @@ def _results(site: Site, heads: Axis, states: int) -> None:
         else:
             batch, _, sequence, width = site.result(index)[-4:]
             pair = [site.fixed(2, SIZE)] if len(site.result(index)) == 5 else []
-            rest = [site.fixed(sequence, ALONG), site.fixed(width, SIZE if index <= states else ALONG)]
+            rest = [site.fixed(sequence, ALONG), site.fixed(width, SIZE)]
             same = batch == site.axes()[0].size
             site.give([*pair, site.axes()[0] if same else site.fixed(batch, SIZE), heads, *rest])
 
@@ -117,7 +117,7 @@ def attention(site: Site, parameters: dict[str, int], past: int) -> None:
             site.pin(axis, why)
         null = null and site.null(past)[2]
     site.give([x[0], x[1], parts[2]], [site.null(0)[0], False, null])
-    _results(site, heads, 1)
+    _results(site, heads)
 
 
 def _parts(site: Site, axis: Axis) -> list[Axis]:
@@ -170,7 +170,7 @@ def _multi_head(site: Site) -> None:
             _headed(site, site.axes(operand), heads)
     null = null and (not site.has(7) or site.null(7)[1])
     site.give([query[0], query[1], made], [site.null(0)[0], False, null])
-    _results(site, heads, 2)
+    _results(site, heads)
 
 
 def _resize_multi_head(site: Site, cut: Cut) -> None:
