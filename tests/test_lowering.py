@@ -228,6 +228,24 @@ def test_nothing_gains_and_the_model_is_left_as_it_is():
     assert [s.reason for s in report.dense] == ["lowered it takes 1.00 times as long (measured)"]
 
 
+def test_what_onnxruntime_does_not_load_stays_dense():
+    """Its optimiser moves a DequantizeLinear of int8 behind a Transpose, with a type that does not fit (1.31, 1.32)."""
+    proto = parse(
+        "(float[4, 32] x) => (float[] y) { q = QuantizeLinear (x, s, z) d = DequantizeLinear (q, s, z)"
+        " y = MatMul (d, w) }",
+        w=np.random.default_rng(0).normal(size=(32, 48)).astype(F32),
+        s=F32(0.02),
+        z=np.int8(0),
+    )
+    result = onnxprune.prune(proto, [{"sparsity": 0.5, "op_names": ["w"], "pattern": "grouped:8"}], keep_shape=True)
+    model, report = lowered(result.model, latencies=Always())
+    if model is result.model:
+        assert not report.rows
+        assert "cannot load what was made of the masked model" in report.dense[0].reason
+    else:
+        assert report.difference < 1e-5
+
+
 def test_dense_models_have_nothing_to_lower():
     source = load(NETS["conv"])
     model, report = lowered(source, latencies=Always())

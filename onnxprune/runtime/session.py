@@ -72,6 +72,10 @@ class Session:
             raise PruneError(f"{self.label} fails in onnxruntime on inputs {given}: {_reason(error)}") from error
 
 
+class LoadError(PruneError):
+    """onnxruntime makes no session of a model."""
+
+
 def open_session(
     model: ModelSource,
     *,
@@ -125,7 +129,7 @@ def open_session(
     except PruneError:
         raise
     except Exception as error:
-        raise PruneError(f"onnxruntime {ort.__version__} cannot load {label}: {_reason(error)}") from error
+        raise LoadError(f"onnxruntime {ort.__version__} cannot load {label}: {_reason(error)}") from error
     defaults = [value for value in native.get_overridable_initializers() if value.type in _DTYPES]
     inputs = (
         *(_model_input(label, value, True) for value in native.get_inputs()),

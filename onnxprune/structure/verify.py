@@ -64,7 +64,10 @@ def difference(
         staged = [stack.enter_context(model.stage(None)) for model in (masked, shrunk)]
         paths = [model.path for model in staged]
         lean = any(model.size > parse_memory(None) for model in staged)
-        before, after = (open_session(path, lean=lean, exact=True) for path in paths)
+        labels = "the masked model", "what was made of the masked model"
+        before, after = (
+            open_session(path, label=what, lean=lean, exact=True) for path, what in zip(paths, labels, strict=True)
+        )
         for sizes in (shapes, *(other for other in others if other != shapes)):
             feed, _ = random_feeds(paths[0], sizes, SEED, inputs=before.inputs)
             try:
