@@ -229,7 +229,7 @@ def test_nothing_gains_and_the_model_is_left_as_it_is():
 
 
 def test_what_onnxruntime_does_not_load_stays_dense():
-    """Its optimiser moves a DequantizeLinear of int8 behind a Transpose, with a type that does not fit (1.31, 1.32)."""
+    """Its optimiser moves a DequantizeLinear of int8 behind a Transpose, with a type that does not fit (1.32)."""
     proto = parse(
         "(float[4, 32] x) => (float[] y) { q = QuantizeLinear (x, s, z) d = DequantizeLinear (q, s, z)"
         " y = MatMul (d, w) }",
