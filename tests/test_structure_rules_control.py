@@ -137,6 +137,18 @@ NETS = [
         dict.fromkeys(("w1", "w2", "w3"), "changes the shape of"),
     ),
     Net(
+        "a state that grows by what comes from outside",
+        """(float[1,3] x) => (float[1,2] y) {
+            o = MatMul(x, w1)
+            z = Loop (three, yes, x) <body = g1 (int64 i, bool c, float[Q,3] s) => (bool d, float[R,3] t)
+                { d = Identity(c) k = MatMul(o, w2) t = Concat<axis = 0>(s, k) }>
+            m = ReduceMean<keepdims = 1>(z, nought) y = MatMul(m, w3)
+        }""",
+        {"w1": (3, 8), "w2": (8, 3), "w3": (3, 2), "nought": ints(0), **SCALAR},
+        (),
+        dict.fromkeys(("w1", "w2", "w3"), "changes the shape of"),
+    ),
+    Net(
         "an initial state of zeros",
         """(float[T,1,3] x) => (float[1,2] y) {
             z, all = Scan (s0, x) <num_scan_inputs = 1, body = g1 (float[P,8] s, float[P,3] e) => (float[P,8]

@@ -175,11 +175,12 @@ def tests(coverage: Any, seconds: dict[str, float], module: str, code: str, chan
     lines = {line for kind, i, j, _, _ in edits if kind != "equal" for line in range(i + 1, max(j, i + 1) + 1)}
     wanted = set(lines)
     for node in ast.walk(ast.parse(code)):  # of a statement on several lines, any of them
-        body = getattr(node, "body", None)
         if isinstance(node, (ast.stmt, ast.ExceptHandler)) and node.end_lineno is not None:
+            body = getattr(node, "body", None)
+            start = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
             end = body[0].lineno - 1 if isinstance(body, list) and body else node.end_lineno
-            if any(node.lineno <= line <= end for line in lines):
-                wanted.update(range(node.lineno, end + 1))
+            if any(start <= line <= end for line in lines):  # all of a function whose head it is: that runs at import
+                wanted.update(range(start, (node.end_lineno if isinstance(node, ast.FunctionDef) else end) + 1))
     file = next((f for f in coverage.measured_files() if f.endswith(f"/onnxprune/{module}.py")), "")
     contexts = coverage.contexts_by_lineno(file) if file else {}
     every = [context for found in contexts.values() for context in found]
