@@ -228,7 +228,9 @@ def keeps_zeros(masks: onnxprune.Masks, stored: dict[str, onnx.TensorProto]) -> 
         zero = numpy_helper.to_array(stored[f"{name}_zero_point"])
         if codes.shape != mask.shape:  # recurrent weights are turned
             mask = mask.swapaxes(-1, -2)
-        if zero.ndim:
+        if zero.ndim > 1:  # a row for each direction
+            zero = zero[:, None]
+        elif zero.ndim:
             axis = next(i for i, n in enumerate(mask.shape) if n == zero.size)
             zero = zero.reshape([-1 if i == axis else 1 for i in range(mask.ndim)])
         assert (codes == zero)[~mask].all(), name
