@@ -94,6 +94,7 @@ def distance(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]] | None 
         plan.zero(shrink.kept(plan.coupling, plan.removed))
         cut = plan.cut()
         assert count(cut.proto) < count(onnx.ModelProto.FromString(dense))
+        assert unread(cut.proto) <= unread(onnx.ModelProto.FromString(dense))
         for sizes in plan.sizes:
             worst = max(worst, verify.difference(plan.coupling.model, cut, sizes))
         assert verify.difference(load(onnx.ModelProto.FromString(dense)), cut, plan.sizes[0]) > 0
@@ -138,6 +139,18 @@ def check_zeros(plan: Plan) -> None:
         for index, (labels, null) in enumerate(zip(axes, coupling.flow.nulls[name], strict=True)):
             if null and labels.size == array.shape[index]:
                 assert not array.take(np.flatnonzero(dead[root[labels]]), index).any(), (name, index)
+
+
+def unread(proto: onnx.ModelProto) -> set[str]:
+    """Tensors that no node reads and no graph returns."""
+    stored, read, graphs = set(), set(), [proto.graph]
+    while graphs:
+        graph = graphs.pop()
+        stored.update(tensor.name for tensor in graph.initializer)
+        read.update(name for node in graph.node for name in node.input)
+        read.update(value.name for value in graph.output)
+        graphs += [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
+    return stored - read
 
 
 def count(proto: onnx.ModelProto) -> int:

@@ -214,7 +214,6 @@ def shrink(coupling: Coupling, removed: Removed) -> Model:
     before = _read(model.proto)
     after = _read(proto)
     for graph in subgraphs(proto):
-        graph.ClearField("value_info")
         for index in reversed(range(len(graph.initializer))):
             if graph.initializer[index].name in before - after:  # sizes and indices that others have taken the place of
                 del graph.initializer[index]
