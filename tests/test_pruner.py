@@ -8,7 +8,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from onnxprune import AGPPruner, LevelPruner, PruneError, SensitivityPruner, prune
-from onnxprune.algorithms.pruner import Clock, decide, target
+from onnxprune.algorithms.pruner import Clock, decide, decisions, target
 from onnxprune.config import load
 from onnxprune.graph.model import load as load_model
 from onnxprune.graph.weights import find
@@ -175,6 +175,17 @@ def test_a_measured_factor_lowers_the_threshold_of_its_weight():
     }
     assert spared["fc.weight"] < plain["fc.weight"] / 3
     assert spared["conv.weight"] == plain["conv.weight"]
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "block:2x2"])
+@pytest.mark.parametrize("way", [decide, decisions])
+def test_what_is_allocated_globally_is_decided_together(way, pattern):
+    """The weight of the smallest values loses most."""
+    weights = find(load_model(net()))[0]
+    decided = way(load([{"sparsity": 0.5, "allocation": "global", "pattern": pattern}]), weights)[0]
+    masks = decided if way is decide else {name: decision.kept() for name, decision in decided.items()}
+    gone = {name: (~mask).mean() for name, mask in masks.items()}
+    assert gone["mm.weight"] > 0.5 > 0.2 > gone["fc.weight"]
 
 
 def test_weights_without_norms_are_left_out_and_the_others_are_not():

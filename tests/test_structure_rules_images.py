@@ -257,6 +257,14 @@ NETS = [
 
 NETS += [
     Net(
+        "divided by its own size",
+        "(float[2,3,4,4] x) => (float[2,2,4,4] y)"
+        " { h = Conv(x, w1) n = Size(h) f = Cast<to = 1>(n) g = Div(h, f) y = Conv(g, w3) }",
+        {"w1": (8, 3, 1, 1), "w3": (2, 8, 1, 1)},
+        (),
+        {"w1": "computes with its size", "w3": "graph output"},
+    ),
+    Net(
         "a function called twice",
         """(float[N,3,6,6] x) => (float[N,2,6,6] y) {
             h = own.block <slope = 0.1> (x, w1, b1) z = own.block <slope = 0.2> (h, w2, b2) y = Conv(z, w3)

@@ -23,6 +23,9 @@ main (float[2, 3] x) => (float[2, 3] y)
     }>
 }
 """
+FIRST = LOOP.replace("y, last =", "last, y =").replace("go, x, w", "go, w, x")
+FIRST = FIRST.replace("float[2, 3] a, float[3, 3] u", "float[3, 3] u, float[2, 3] a")
+FIRST = FIRST.replace("float[2, 3] b, float[3, 3] v", "float[3, 3] v, float[2, 3] b")
 SCAN = """
 <ir_version: 10, opset_import: ["": 20]>
 main (float[2, 3] x, float[4, 2, 3] s) => (float[2, 3] y)
@@ -53,7 +56,7 @@ main (float[2, 3] x, float[2] rows) => (float[2, 3] y)
 """
 
 
-@pytest.mark.parametrize("text", [LOOP, SCAN])
+@pytest.mark.parametrize("text", [LOOP, FIRST, SCAN])
 @pytest.mark.parametrize("handed", ["Identity (u)", "Identity (q)\n        q = Identity (u)"])
 def test_a_state_that_a_loop_hands_on_unchanged_is_its_weight(text, handed):
     if "\n" in handed:  # a chain: its first link has to come first

@@ -191,6 +191,12 @@ REFUSED = {
         parse("(float[2,3] x) => (float[2,4] y) { V = ConstantOfShape(s) y = MatMul(x, V) }", s=np.array([3, 4])),
         ("s", "MatMul", "it is computed by ConstantOfShape"),
     ),
+    "the last of three operands": (
+        parse(
+            '(float[2,3] x, float[3] s) => (float[2,4] y) { y = Einsum<equation="bi,i,io->bo">(x, s, W) }', W=pi(3, 4)
+        ),
+        ("W", "Einsum", "Einsum 'bi,i,io->bo' has 3 operands"),
+    ),
     "numbers in an attribute": (
         parse("(float[3] x) => (float y) { i = Constant<value_ints=[1, 2, 3]>() V = Cast<to=1>(i) y = MatMul(x, V) }"),
         ("i", "MatMul", "it is given as the attribute 'value_ints' of a Constant node"),
