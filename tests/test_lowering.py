@@ -246,6 +246,24 @@ def test_what_onnxruntime_does_not_load_stays_dense():
         assert report.difference < 1e-5
 
 
+def test_16_bit_products_are_written_so_that_onnxruntime_survives():
+    """Behind heads that are put together, a Transpose after a lowered product and a MatMul crash onnxruntime 1.32."""
+    rng = np.random.default_rng(0)
+    proto = parse(
+        "(float16[2, 2, 5, 16] h) => (float16[] y) { t = Transpose <perm = [0, 2, 1, 3]> (h) r = Reshape (t, s)"
+        " m = MatMul (r, w) y = MatMul (m, v) }",
+        w=rng.normal(size=(32, 16)).astype(np.float16),
+        v=rng.normal(size=(16, 6)).astype(np.float16),
+        s=np.array([0, 0, 32], np.int64),
+    )
+    result = onnxprune.prune(proto, [{"sparsity": 0.5, "op_names": ["w"], "pattern": "grouped:8"}], keep_shape=True)
+    found, _ = layers(result.model, *_facts(prepare(result.model), choose(result.model, None)))
+    assert [list(forms.candidates(layer)) for layer in found] == [["products"]]
+    _, report = lowered(result.model, latencies=Always())
+    assert [row.form for row in report.rows] == ["products"]
+    assert report.difference < 2e-3
+
+
 def test_dense_models_have_nothing_to_lower():
     source = load(NETS["conv"])
     model, report = lowered(source, latencies=Always())

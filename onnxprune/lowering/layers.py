@@ -130,6 +130,8 @@ def _layer(
     parts = weight.parts if node.op_type in CONVOLUTIONS else math.prod(batch)
     if batch and not (shape[:-2] == batch == (other or ())[:-2] or (parts == 1 and len(shape) >= values.ndim)):
         return f"its batch of {_by(batch)} matrices multiplies one of {_by(shape[:-2])}; only equal ones have a form"
+    if node.op_type in PRODUCTS and parts > 1 and values.dtype == np.float16:
+        return "onnxruntime crashes at what follows a lowered batch of 16-bit matrices"
     found = cover(live, parts, joint=node.op_type in RECURRENT)
     if found is None:
         return "no groups of its outputs share enough zero inputs"
