@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx
 from nets import run
-from onnx import TensorProto, numpy_helper, parser
+from onnx import TensorProto, helper, numpy_helper, parser
 
 from onnxprune.graph.model import Model, load
 from onnxprune.runtime.feeds import random_feeds
@@ -123,6 +123,8 @@ def check_facts(plan: Plan) -> None:
             known = facts.shapes.get(name)
             assert known is None or 0 in known or known == array.shape, name  # 0: of no importance, and not known
             assert known is not None or name in facts.unknown, name
+            kind = facts.types.get(name)
+            assert not kind or helper.tensor_dtype_to_np_dtype(kind) == array.dtype, name
             assert name not in facts.contents or np.array_equal(facts.contents[name], array), name
 
 

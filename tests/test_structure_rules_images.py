@@ -216,6 +216,8 @@ NETS = [
     between("prelu with one slope", "z = PRelu(h, s)", {"s": (1,)}),
     between("scale and shift", "m = Mul(h, s) d = Div(m, v) z = Sub(d, b)", {k: (8, 1, 1) for k in "svb"}),
     between("where", "g = Greater(h, c) z = Where(g, h, s)", {"c": (8, 1, 1), "s": (8, 1, 1)}),
+    between("clip above 0", "z = Clip(h, low)", {"low": np.array(0.25, np.float32)}),
+    between("clip below 0", "z = Clip(h, , high)", {"high": np.array(-0.25, np.float32)}),
     between("clip", "z = Clip(h, low, high)", {"low": np.array(-0.5, np.float32), "high": np.array(0.5, np.float32)}),
     between("softmax over channels", "z = Softmax<axis = 1>(h)", None, (), {"w1": "mixes axis 1"}),
     between("softmax over rows", "z = Softmax(h)"),
