@@ -198,7 +198,8 @@ def prune(
         if result.report.lowering is not None:
             show(tables.lowered(result.report.lowering))
         show(tables.compared(sizes, result.evaluation, latency))
-        smaller = bool(result.report.groups) or bool(result.report.lowering and result.report.lowering.rows)
+        lowering = result.report.lowering  # it may have taken channels out, and found no layer to lower then
+        smaller = bool(result.report.groups or (lowering and (lowering.rows or lowering.difference is not None)))
         show(tables.verdict(result.sparsity, latency, result.path, cut=smaller and not keep_shape))
     if not result.accepted:
         say(_gate(result, max_drop))

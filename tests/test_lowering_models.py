@@ -59,7 +59,7 @@ def real(proto: onnx.ModelProto) -> Iterator[int]:
 def test_trained_models(name):
     report, left = check(shipped(MODELS[name][0], name), name)
     assert left <= LEFT.get(name, 1.0)
-    assert bool(report.rows) == (name in LEFT)
+    assert (report.difference is not None) == (name in LEFT)  # some lose channels alone, and no layer is left to lower
     assert report.difference is None or report.difference < 1e-4
     assert all(skipped.reason for skipped in report.dense)
 
