@@ -207,6 +207,16 @@ def test_weights_that_are_no_numbers(dtype: type, bad: float) -> None:
     assert kept.raw_data == weight.tobytes()
 
 
+@pytest.mark.parametrize("ends", [(0, 3, 1), (1, 6, 1, 2)], ids=str)
+def test_parts_of_tensors_that_are_no_numbers(ends: tuple[int, ...]) -> None:
+    """A part that does not lie in one piece."""
+    weight = np.ones((4, 6), np.float32)
+    weight[2, 1] = np.nan
+    named = {name: np.array([end], np.int64) for name, end in zip("abcd", ends, strict=False)}
+    text = f"(float[N, 4] x) => (float[N, 3] y) {{ v = Slice(w, {', '.join(named)}) y = MatMul(x, v) }}"
+    refused(lambda: prune(parse(text, w=weight, **named), HALF, "out.onnx"), "weight 'w'", "1 entries", "exclude it")
+
+
 # ------------------------------------------------------------------ the configuration
 
 

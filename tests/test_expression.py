@@ -8,6 +8,7 @@ import pytest
 from nets import parse, run
 from onnx import helper, numpy_helper
 
+from onnxprune.graph import constants
 from onnxprune.graph import expression as ex
 from onnxprune.graph.model import load
 from onnxprune.graph.weights import find
@@ -204,6 +205,19 @@ def test_dequantize_equals_onnxruntime(dtype, parameters, axis, block, shifted):
     model.graph.node[0].attribute.extend(helper.make_attribute(k, v) for k, v in attributes.items())
     spread = [ex.per_axis(p, x.shape, axis, block) for p in (scale, zero)]
     assert np.array_equal(ex.dequantize(x, spread[0], spread[1] if shifted else None), run(model)[0])
+
+
+@pytest.mark.parametrize(
+    ("operator", "shape", "side", "axis", "made"),
+    [
+        ("Expand", (3, 1), [2, 3, 4], 0, (2, 3, 4)),
+        ("Tile", (3, 2), [2, 5], 0, (6, 10)),
+        ("Gather", (10, 4), [1, 2, 2], 0, (3, 4)),
+        ("Gather", (10, 4), [[1, 0], [3, 3]], 1, (10, 2, 2)),
+    ],
+)
+def test_the_size_of_what_grows_is_known_before(operator, shape, side, axis, made):
+    assert constants.moved(operator, shape, [np.array(side)], axis) == np.prod(made)
 
 
 def test_attribute_forms_of_early_operator_sets():

@@ -147,6 +147,13 @@ FUSED = [
         (),
         {"w1": WHOLE},
     ),
+    rows(
+        "RMS norm over the last axis by default, and what it divides by",
+        "n, v = SimplifiedLayerNormalization(h, g) d = Mul(n, v) z = Add(d, n)",
+        {"g": (8,)},
+        (),
+        {"w1": "normalises over axis 2"},
+    ),
     rows("RMS norm", "z = SimplifiedLayerNormalization(h, g)", {"g": (8,)}, (), {"w1": "normalises over axis 2"}),
 ]
 

@@ -58,6 +58,13 @@ NETS = [
         ("w1 8", "w2 6"),
         last=6,
     ),
+    between(
+        "parts of a sequence",
+        "q = SplitToSequence<axis = 2>(h, s) u = SequenceAt(q, i) v = SequenceAt(q, j) a = Relu(u) z = Mul(a, v)",
+        {"s": ints(2, 3, 3), "i": np.array(2), "j": np.array(1)},
+        ("w1 2", "w1#2 3x2"),
+        last=3,
+    ),
     between("reshaped and back", "r = Reshape(h, s1) a = Relu(r) z = Reshape(a, s2)", SPLIT, ("w1 4x2",)),
     between(
         "reshaped with -1",
