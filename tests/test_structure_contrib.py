@@ -148,6 +148,13 @@ FUSED = [
         {"w1": WHOLE},
     ),
     rows(
+        "words put into a space, normalised",
+        "e, c = MS.EmbedLayerNormalization(ids, , word, place, , g, b) z = Add(h, e)",
+        {"ids": np.arange(10, dtype=np.int32).reshape(2, 5), "word": (12, 8), "place": (6, 8), "g": (8,), "b": (8,)},
+        (),
+        {"w1": "normalises over the last axis"},
+    ),
+    rows(
         "RMS norm over the last axis by default, and what it divides by",
         "n, v = SimplifiedLayerNormalization(h, g) d = Mul(n, v) z = Add(d, n)",
         {"g": (8,)},
