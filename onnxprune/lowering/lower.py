@@ -134,12 +134,13 @@ def lowered(
     result = _replaced(ready, pieces, facts[0])
     try:
         difference = _check(masked, result, sizes) if check else None
+        ratio = _ratio(masked, result, sizes[0], latencies.threads) if latencies.timing else 0.0
     except LoadError as error:  # what its optimiser makes of valid nodes is not always valid
         with masked.stage(None) as before:
             open_session(before.path)
         reason = f"lowered, {error}"
         return model, Lowering((), (*skipped, *(Skipped(row.name, row.op_type, reason) for row in rows)))
-    if latencies.timing and (ratio := _ratio(masked, result, sizes[0], latencies.threads)) > 1:
+    if ratio > 1:
         slower = f"with all layers lowered that gain on their own, the model takes {ratio:.2f} times as long"
         return model, Lowering((), (*skipped, *(Skipped(row.name, row.op_type, slower) for row in rows)))
     return result, Lowering(tuple(rows), tuple(skipped), difference)
