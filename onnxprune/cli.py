@@ -198,9 +198,7 @@ def prune(
         if result.report.lowering is not None:
             show(tables.lowered(result.report.lowering))
         show(tables.compared(sizes, result.evaluation, latency))
-        lowering = result.report.lowering  # it may have taken channels out, and found no layer to lower then
-        smaller = bool(result.report.groups or (lowering and (lowering.rows or lowering.difference is not None)))
-        show(tables.verdict(result.sparsity, latency, result.path, cut=smaller and not keep_shape))
+        show(tables.verdict(result.sparsity, latency, result.path, cut=_smaller(result) and not keep_shape))
     if not result.accepted:
         say(_gate(result, max_drop))
         raise typer.Exit(GATE_NOT_MET)
@@ -433,12 +431,18 @@ def _latency(path: Path, model: str, shapes: dict[str, tuple[int, ...]], threads
         return str(error)
 
 
+def _smaller(result: Result) -> bool:
+    """Whether tensors are smaller than they were: channels are gone, or layers are lowered."""
+    lowering = result.report.lowering  # it may take channels out, and find no layer to lower then
+    return bool(result.report.groups or (lowering and (lowering.rows or lowering.difference is not None)))
+
+
 def _sizes(dense: Inspection | None, result: Result, model: str) -> Sizes:
     from onnxprune.inspection import inspect, parameters, stored_bytes
     from onnxprune.tables import Sizes
 
     rows = result.report.rows
-    if dense is None and result.report.groups:
+    if dense is None and _smaller(result):
         dense = inspect(model)
     if dense is None:
         total, before = parameters(result.model, {row.name: row.zeros_before for row in rows})
@@ -447,7 +451,7 @@ def _sizes(dense: Inspection | None, result: Result, model: str) -> Sizes:
         total, before, stored = dense.parameters, dense.nonzero, dense.file_bytes or 0
     nonzero = before - sum(row.zeros - row.zeros_before for row in rows)
     after = None if result.path is None else stored_bytes(result.path)
-    if result.report.groups and result.path is not None:  # biases and norms went too
+    if _smaller(result) and result.path is not None:  # biases and norms went too
         nonzero = inspect(result.path).nonzero
     return Sizes(total, before, nonzero, stored, after)
 
