@@ -26,12 +26,21 @@ def long_names() -> onnx.ModelProto:
     return helper.make_model(helper.make_graph([], "g", [], [], tensors))
 
 
+def graphs_of_a_node() -> onnx.ModelProto:
+    """Tensors in graphs that an attribute lists, and in one that it holds."""
+    tensors = [numpy_helper.from_array(np.full(90, i, np.float32), f"w{i}") for i in range(3)]
+    first, second, third = (helper.make_graph([], f"g{i}", [], [], [tensor]) for i, tensor in enumerate(tensors))
+    node = helper.make_node("Many", [], ["y"], domain="own", bodies=[first, second], body=third)
+    return helper.make_model(helper.make_graph([node], "g", [], []))
+
+
 FILES: dict[str, Callable[[], bytes]] = {
     **{name: (lambda make=make: make().SerializeToString()) for name, make in NETS.items()},  # type: ignore[misc]
     "odd": lambda: odd(net()),
     "typed": lambda: typed(net()).SerializeToString(),
     "many small": lambda: many_small().SerializeToString(),
     "sparse": lambda: sparse().SerializeToString(),
+    "graphs of a node": lambda: graphs_of_a_node().SerializeToString(),
     "long names": lambda: long_names().SerializeToString(),
 }
 
