@@ -8,6 +8,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from onnxprune import AGPPruner, LevelPruner, PruneError, SensitivityPruner, prune
+from onnxprune.algorithms import allocate, cuts
 from onnxprune.algorithms.pruner import Clock, decide, decisions, target
 from onnxprune.config import load
 from onnxprune.graph.model import load as load_model
@@ -186,6 +187,23 @@ def test_what_is_allocated_globally_is_decided_together(way, pattern):
     masks = decided if way is decide else {name: decision.kept() for name, decision in decided.items()}
     gone = {name: (~mask).mean() for name, mask in masks.items()}
     assert gone["mm.weight"] > 0.5 > 0.2 > gone["fc.weight"]
+
+
+@pytest.mark.parametrize("way", [decide, decisions])
+def test_small_weights_beside_a_large_one(way, monkeypatch):
+    """Two in threads, one in parallel itself: the same as one after the other."""
+    weights = find(load_model(net()))[0]
+    config = load([{"sparsity": 0.5}])
+
+    def masks():
+        decided = way(config, weights)[0]
+        return decided if way is decide else {name: decision.kept() for name, decision in decided.items()}
+
+    alone = masks()
+    for module in (allocate, cuts):
+        monkeypatch.setattr(module, "THREADED", 401)
+    assert sorted(weight.size for weight in weights) == [162, 400, 8640]
+    assert all(np.array_equal(mask, alone[name]) for name, mask in masks().items())
 
 
 def test_weights_without_norms_are_left_out_and_the_others_are_not():
