@@ -189,11 +189,12 @@ def test_what_is_allocated_globally_is_decided_together(way, pattern):
     assert gone["mm.weight"] > 0.5 > 0.2 > gone["fc.weight"]
 
 
+@pytest.mark.parametrize("allocation", ["uniform", "erk"])
 @pytest.mark.parametrize("way", [decide, decisions])
-def test_small_weights_beside_a_large_one(way, monkeypatch):
+def test_small_weights_beside_a_large_one(way, allocation, monkeypatch):
     """Two in threads, one in parallel itself: the same as one after the other."""
     weights = find(load_model(net()))[0]
-    config = load([{"sparsity": 0.5}])
+    config = load([{"sparsity": 0.5, "allocation": allocation}])
 
     def masks():
         decided = way(config, weights)[0]
