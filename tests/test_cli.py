@@ -193,19 +193,6 @@ def test_prune_json(run: Run, model: Path, data: Path, tmp_path: Path) -> None:
     assert found["benchmark"]["baseline"]["median"] > 0
 
 
-@pytest.mark.parametrize("pattern", ["grouped", "channel"])
-@pytest.mark.parametrize("name", ["lenet5.onnx", "lenet-300-100.onnx"])
-def test_sizes_are_those_of_the_files(run: Run, tmp_path: Path, name: str, pattern: str) -> None:
-    source, target = MODELS / name, tmp_path / "out.onnx"
-    given = ["--pattern", pattern, "--sparsity", 0.75, "--no-benchmark", "--json"]
-    status, out, _ = run("prune", source, "-o", target, *given)
-    assert status == 0
-    found = json.loads(out)["sizes"]
-    assert found["nonzero_before"] == onnxprune.inspect(source).nonzero
-    assert found["nonzero"] == onnxprune.inspect(target).nonzero < found["nonzero_before"]
-    assert (found["bytes_before"], found["bytes"]) == (source.stat().st_size, target.stat().st_size)
-
-
 def test_prune_json_where_the_gate_is_not_met(run: Run, model: Path, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "p.onnx"
     status, out, err = run(

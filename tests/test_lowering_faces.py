@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -18,6 +19,7 @@ from onnxprune.errors import PruneError
 from onnxprune.lowering import forms
 from onnxprune.lowering.latency import DENSE, Latencies
 
+MODELS = Path(__file__).parents[1] / "models"
 GROUPED = [{"sparsity": 0.5, "pattern": "grouped:8"}]
 
 
@@ -184,3 +186,15 @@ def test_training_then_export(net, tmp_path, monkeypatch):
     assert "Gather" in operators(tmp_path / "fast.onnx")
     pruner.export(tmp_path / "masked.onnx", keep_shape=True)
     assert "Gather" not in operators(tmp_path / "masked.onnx")
+
+
+@pytest.mark.parametrize("pattern", ["grouped", "channel"])
+@pytest.mark.parametrize("name", ["lenet5.onnx", "lenet-300-100.onnx"])
+def test_sizes_are_those_of_the_files(name, pattern, tmp_path, capsys):
+    source, target = MODELS / name, tmp_path / "out.onnx"
+    given = ["--pattern", pattern, "--sparsity", "0.75", "--no-benchmark", "--json"]
+    assert main(["prune", str(source), "-o", str(target), *given]) == 0
+    found = json.loads(capsys.readouterr().out)["sizes"]
+    assert found["nonzero_before"] == onnxprune.inspect(source).nonzero
+    assert found["nonzero"] == onnxprune.inspect(target).nonzero < found["nonzero_before"]
+    assert (found["bytes_before"], found["bytes"]) == (source.stat().st_size, target.stat().st_size)

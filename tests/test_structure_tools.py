@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from nets import parse
 from onnx import numpy_helper
 from structure_oracle import Net, choose, count, found
 
 import onnxprune
 from onnxprune.errors import PruneError
 from onnxprune.graph.model import load, open_proto
+from onnxprune.runtime import session
 from onnxprune.structure import shrink, verify
 from onnxprune.structure.plan import Plan
 
@@ -345,6 +347,25 @@ def test_faults_in_coarse_models(cnn: Path, tmp_path: Path, tool: str) -> None:
 def test_plain_floats_are_held_to_a_fixed_tolerance(cnn: Path) -> None:
     plan = Plan.of(load(cnn))
     assert verify.tolerance(plan.coupling.model, plan.sizes[0]) == verify.TOLERANCE == 1e-4
+
+
+def test_what_onnxruntime_rounds_is_not_held_against_a_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a DequantizeLinear of a weight it multiplies in 8 bits, in blocks of rows that a cut moves."""
+    rng = np.random.default_rng(0)
+    model = parse(
+        "(float[N, 6] x) => (float[N, 3] y) { h = MatMul(x, w1) w = DequantizeLinear<axis = 0>(w2, s) z = MatMul(h, w)"
+        " r = Elu(z) y = MatMul(r, w3) }",
+        w1=rng.normal(size=(6, 96)).astype(np.float32),
+        w2=rng.integers(-100, 100, (96, 16)).astype(np.int8),
+        s=np.float32(0.01),
+        w3=rng.normal(size=(16, 3)).astype(np.float32),
+    )
+    half = [{"sparsity": 0.5, "op_types": "default", "pattern": "channel"}]
+    assert [row.kept for row in onnxprune.prune(model, half, align=1).report.groups] == [48, 8]
+    real = session.open_session
+    monkeypatch.setattr(session, "open_session", lambda *given, exact, **named: real(*given, **named))
+    with pytest.raises(PruneError, match="differs from the masked one"):
+        onnxprune.prune(model, half, align=1)
 
 
 CANCELLING = Net(
