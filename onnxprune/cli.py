@@ -450,10 +450,9 @@ def _sizes(dense: Inspection | None, result: Result, model: str) -> Sizes:
     else:
         total, before, stored = dense.parameters, dense.nonzero, dense.file_bytes or 0
     nonzero = before - sum(row.zeros - row.zeros_before for row in rows)
-    after = None if result.path is None else stored_bytes(result.path)
     if _smaller(result) and result.path is not None:  # biases and norms went too
         nonzero = inspect(result.path).nonzero
-    return Sizes(total, before, nonzero, stored, after)
+    return Sizes(total, before, nonzero, stored, result.file_bytes)
 
 
 def _as_dict(model: str, result: Result, sizes: Sizes, latency: Benchmark | str | None) -> dict[str, Any]:

@@ -155,9 +155,10 @@ def run(
         accepted = max_drop is None or evaluation is None or evaluation.within(max_drop)
         if target is not None and accepted and staged.in_place:
             masks = masks.packed()  # what they are worked out from is about to be replaced
+        size = staged.size
         path = staged.commit() if target is not None and accepted else None
     keep.done()
-    return Result(model, masks, report, evaluation, path, accepted)
+    return Result(model, masks, report, evaluation, path, accepted, None if path is None else size)
 
 
 def _calibrated(

@@ -108,6 +108,7 @@ class Result:
         evaluation: dense beside pruned under onnxruntime, where data was given.
         path: the file written; None where none was asked for, or the gate was not met.
         accepted: False where accuracy fell by more than `max_drop`.
+        file_bytes: what was written, external data too; None where nothing was.
     """
 
     model: Model = field(repr=False)
@@ -116,6 +117,7 @@ class Result:
     evaluation: Evaluation | None = None
     path: Path | None = None
     accepted: bool = True
+    file_bytes: int | None = None
 
     @property
     def sparsity(self) -> float:

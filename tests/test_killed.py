@@ -18,7 +18,7 @@ from forked import Server, server
 from model_files import HALF, LAYOUTS, net, stored, tree, values, write_external
 from nets import parse
 
-from onnxprune import prune
+from onnxprune import cli, prune
 from onnxprune.graph import files, saving
 
 pytestmark = pytest.mark.skipif(files.fcntl is None, reason="there are no locks here")
@@ -222,6 +222,25 @@ def test_two_runs_onto_one_target(forked: Server, tmp_path: Path) -> None:
             prune(folder / "model.onnx", HALF, folder / "other.onnx")
             named = {entry.value for m in folder.glob("*.onnx") for t in _tensors(m) for entry in t}
             assert {p.name for p in folder.iterdir()} == {"model.onnx", "data.onnx", "other.onnx", "out.onnx"} | named
+
+
+def test_a_target_that_another_run_replaces_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a run says of its output is of what it wrote itself, whatever lies there afterwards."""
+    source = write_external(net(), tmp_path / "model.onnx", LAYOUTS["one file"])
+    commit, written = saving.Staged.commit, []
+
+    def replaced(staged: saving.Staged) -> Path:
+        written.append(staged.size)
+        path = commit(staged)
+        path.with_name("out.onnx.data").unlink()
+        return path
+
+    monkeypatch.setattr(saving.Staged, "commit", replaced)
+    arguments = [source, "-o", tmp_path / "out.onnx", "--sparsity", "0.5", "--no-benchmark", "--json"]
+    assert cli.main(["prune", *map(str, arguments)]) == 0
+    assert [json.loads(capsys.readouterr().out)["sizes"]["bytes"]] == written
 
 
 def _tensors(path: Path) -> list[list[onnx.StringStringEntryProto]]:

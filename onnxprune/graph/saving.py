@@ -86,8 +86,8 @@ class Staged:
             for path in stale:
                 with contextlib.suppress(OSError):
                     path.unlink()
-        if in_place and self.model.data:
-            self.model.reload(target)
+            if in_place and self.model.data:
+                self.model.reload(target)  # before another run takes its place
         return target
 
 
