@@ -243,6 +243,17 @@ def test_a_target_that_another_run_replaces_at_once(
     assert [json.loads(capsys.readouterr().out)["sizes"]["bytes"]] == written
 
 
+def test_where_there_are_no_locks(tmp_path: Path) -> None:
+    """As on Windows: models are pruned all the same, and nothing is left beside them."""
+    source = write_external(net(), tmp_path / "model.onnx", LAYOUTS["one file"])
+    wanted = stored(prune(source, HALF).to_proto())
+    program = "import sys; sys.modules['fcntl'] = None; import onnxprune.cli; sys.exit(onnxprune.cli.main())"
+    arguments = ["prune", source, "-o", tmp_path / "out.onnx", "--sparsity", "0.5", "--no-benchmark"]
+    subprocess.run([sys.executable, "-c", program, *map(str, arguments)], check=True, capture_output=True)
+    assert stored(onnx.load(tmp_path / "out.onnx")) == wanted
+    assert not list(tmp_path.glob(f"{files.PREFIX}*"))
+
+
 def _tensors(path: Path) -> list[list[onnx.StringStringEntryProto]]:
     from nets import tensors
 

@@ -104,13 +104,14 @@ def test_a_pinned_factor_leaves_the_other():
 def test_a_pinned_cell_holds_its_factors_and_says_why():
     labels = Labels()
     axis = labels.fresh(12)
-    outer, _ = labels.split(axis, (3, 4), "Reshape")
+    outer, inner = labels.split(axis, (3, 4), "Reshape")
     labels.prefer(outer)
     labels.pin(axis[5:6], "it reaches the output")
     solution = labels.solve()
     assert removable(solution, outer) == 2
     assert solution.classes(outer).tolist()[1] == -1
-    assert solution.reasons[int(solution.root[outer[1]])] == "it reaches the output"
+    for factor in (outer, inner):
+        assert solution.reasons[int(solution.root[factor[1]])] == "it reaches the output"
 
 
 def test_merged_and_split_again_is_the_same_axis():
@@ -144,6 +145,18 @@ def test_what_repeats_along_a_factor_is_not_cut_there():
     batch, again = labels.split(merged, (5, 3), "Reshape 'b'")
     solution = labels.solve()
     assert (removable(solution, batch), removable(solution, again)) == (0, 3)
+
+
+def test_single_positions_carry_on_and_what_is_merged_beside_axes_that_stay_does_not():
+    labels = Labels()
+    one, other, stays = labels.fresh(1), labels.fresh(1), labels.fixed(1, "stays")
+    for factors in ([one], [one, stays], [stays, one], [one, other]):
+        assert labels.merge(factors, "Reshape") is one
+    assert labels.is_fixed(labels.merge([stays, stays], "Reshape"))
+    assert labels.is_fixed(labels.merge([labels.fixed(4, "length"), other], "Reshape"))
+    solution = labels.solve()
+    assert (removable(solution, one), removable(solution, other)) == (1, 0)
+    assert solution.reasons[int(solution.root[other[0]])] == "Reshape merges it with other axes"
 
 
 def test_axes_of_different_length_cannot_be_tied():

@@ -21,6 +21,18 @@ import onnxprune
 from onnxprune import PruneError, inspect, prune
 from onnxprune.graph.model import load
 
+
+@pytest.mark.parametrize("kept", ["inline", "typed", "external"])
+def test_what_is_read_of_a_model_is_read_only(kept: str, tmp_path: Path) -> None:
+    source: Path | onnx.ModelProto = typed(net()) if kept == "typed" else net()
+    if kept == "external":
+        source = write_external(net(), tmp_path / "model.onnx", LAYOUTS["one file"])
+    model = load(source)
+    read = [model.read(value.const_value) for value in model.graph.graph.initializers.values() if value.const_value]
+    assert read
+    assert not any(array.flags.writeable for array in read)
+
+
 # ------------------------------------------------------------------ external data
 
 

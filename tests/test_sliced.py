@@ -59,6 +59,8 @@ def test_what_is_read_is_what_cutting_gives(chunk: int, share: float, tmp_path: 
         assert content[offset : offset + len(part)] == bytes(len(part))  # nothing overlaps
         content[offset : offset + len(part)] = part
     assert file.read(0, file.size + 10) == content
+    with file.open() as opened:
+        assert opened.read() == content
     rng = np.random.default_rng(1)
     for start, stop in np.sort(rng.integers(0, file.size + 2, (100, 2))).tolist():
         assert file.read(start, stop - start) == content[start:stop]

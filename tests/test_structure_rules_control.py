@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 from structure_oracle import Net, check, ints
 
+from onnxprune.graph.model import load
+from onnxprune.structure.plan import Plan
+
 SCALAR = {"yes": np.array(True), "three": np.array(3)}
 BODY = "g1 (int64 i, bool c, float[P,8] s) => (bool d, float[P,8] t) {"
 
@@ -218,3 +221,25 @@ NETS = [
 @pytest.mark.parametrize("net", NETS, ids=lambda net: net.name)
 def test_bodies(net: Net) -> None:
     check(net)
+
+
+@pytest.mark.parametrize(
+    ("condition", "guessed"),
+    [
+        ("d = Identity(c)", False),  # as it was given: true
+        ("d = Identity(yes)", False),
+        ("d = Identity(no)", True),
+        ("d = Less(i, three)", True),
+    ],
+)
+@pytest.mark.parametrize(("trips", "first"), [("three", "yes"), ("", "yes"), ("three", "no")])
+def test_how_often_a_loop_runs(condition: str, guessed: bool, trips: str, first: str) -> None:
+    """Its count is taken for what it is only where its condition does not end it before."""
+    text = f"""(float[2,8] x) => (float[2,8] y, float[T,2,8] all) {{
+        y, all = Loop ({trips}, {first}, x) <body = g1 (int64 i, bool c, float[2,8] s)
+            => (bool d, float[2,8] t, float[2,8] u) {{ {condition} t = MatMul(s, w1) u = Tanh(t) }}>
+    }}"""
+    model = Net("", text, {"w1": (8, 8), "no": np.array(False), **SCALAR}, (), {}).model()
+    facts = Plan.of(load(model)).coupling.flow.facts
+    assert facts.guessed == (guessed or not trips or first == "no")
+    assert facts.guessed or facts.shapes["all"] == (3, 2, 8)

@@ -313,6 +313,7 @@ NETS = [
 ]
 
 HEADS = """q = MatMul(h, wq) k = MatMul(h, wk) v = MatMul(h, wv)"""
+SUMMED = {"w1": "ReduceSum 'all' reduces axis 1"}
 ATTENTION = [
     between(
         "attention in parts",
@@ -378,6 +379,47 @@ ATTENTION = [
         {"wq": (8, 24), "wk": (8, 12), "wv": (8, 8), "we": (8, 4), "wf": (8, 4), "past": (2, 4, 3, 2)},
         ("w1 8", "wq 4x6 heads"),
         last=16,
+        opset=27,
+        batch="2",
+        length="5",
+    ),
+    between(
+        "linear attention with a past only",
+        f'{HEADS} z, s = LinearAttention<q_num_heads = 4, kv_num_heads = 4, update_rule = "linear">(q, k, v, past)',
+        {"wq": (8, 12), "wk": (8, 12), "wv": (8, 8), "past": (2, 4, 3, 2)},
+        ("w1 8", "wq 4x3 heads"),
+        opset=27,
+        batch="2",
+        length="5",
+    ),
+    between(
+        "causal convolution",
+        't = Transpose<perm = [0, 2, 1]>(h) c, s = CausalConvWithState<activation = "silu">(t, w2, b2, past)'
+        " all = ReduceSum(c, one) d = Mul(c, all) z = Transpose<perm = [0, 2, 1]>(d)",
+        {"w2": (8, 1, 3), "b2": (8,), "past": (2, 8, 2), "one": ints(1)},
+        opset=27,
+        batch="2",
+    ),
+    between(
+        "causal convolution with a computed kernel",
+        "t = Transpose<perm = [0, 2, 1]>(h) part = Slice(t, nought, three, two) m = ReduceMean<keepdims = 0>(part,"
+        " nought) u = Sigmoid(m) k = Unsqueeze(u, one) c, s = CausalConvWithState(t, k, b2) all = ReduceSum(c, one)"
+        " d = Mul(c, all) z = Transpose<perm = [0, 2, 1]>(d)",
+        {"b2": (8,), "nought": ints(0), "one": ints(1), "two": ints(2), "three": ints(3)},
+        (),
+        SUMMED,
+        opset=27,
+        batch="2",
+        length="5",
+    ),
+    between(
+        "causal convolution with a computed past",
+        "t = Transpose<perm = [0, 2, 1]>(h) part = Slice(t, nought, two, two) e = Sigmoid(part)"
+        " c, s = CausalConvWithState(t, w2, , e) all = ReduceSum(s, one) m = ReduceMean(all) d = Mul(c, m)"
+        " z = Transpose<perm = [0, 2, 1]>(d)",
+        {"w2": (8, 1, 3), "nought": ints(0), "one": ints(1), "two": ints(2)},
+        (),
+        SUMMED,
         opset=27,
         batch="2",
         length="5",

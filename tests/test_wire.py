@@ -98,6 +98,42 @@ def test_data_are_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
         wire.measure(*read(content))
 
 
+NUMBERS = {
+    "float_data": TensorProto(float_data=[1.0] * 900),
+    "int32_data": TensorProto(int32_data=[1] * 900),
+    "string_data": TensorProto(string_data=[b"text"] * 900),
+    "int64_data": TensorProto(int64_data=[1] * 900),
+    "raw_data": TensorProto(raw_data=b"1" * 900),
+    "double_data": TensorProto(double_data=[1.0] * 900),
+    "uint64_data": TensorProto(uint64_data=[1] * 900),
+    "s": helper.make_attribute("a", "text" * 300),
+    "floats": helper.make_attribute("a", [1.0] * 900),
+    "ints": helper.make_attribute("a", [1] * 900),
+    "strings": helper.make_attribute("a", ["text"] * 900),
+    "sparse_tensor": helper.make_attribute(
+        "a", helper.make_sparse_tensor(TensorProto(raw_data=b"1" * 900), TensorProto(dims=[9]), [9])
+    ),
+}
+
+
+@pytest.mark.parametrize("holder", NUMBERS)
+def test_values_are_neither_text_nor_parts(holder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever field holds them, in a tensor or an attribute, packed or one by one."""
+    held = NUMBERS[holder]
+    graph = helper.make_graph([helper.make_node("N", [], ["y"])], "g", [], [])
+    if isinstance(held, TensorProto):
+        graph.initializer.append(held)
+    else:
+        graph.node[0].attribute.append(held)
+    content = helper.make_model(graph).SerializeToString()
+    monkeypatch.setattr(wire, "TEXT", 100)
+    monkeypatch.setattr(wire, "PARTS", 100)
+    wire.measure(*read(content))
+    graph.node[0].doc_string = "text" * 300
+    with pytest.raises(wire.Oversized, match="of text beside its tensors"):
+        wire.measure(*read(helper.make_model(graph).SerializeToString()))
+
+
 def test_notes_are_found_whole() -> None:
     content = wire.note("onnxprune", "1") + odd(net()) + wire.note("other", "2") + wire.note("onnxprune", "x" * 300)
     first, second = wire.notes(*read(content), "onnxprune")

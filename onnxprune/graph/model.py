@@ -86,7 +86,9 @@ class Model:
             tensor = ir.serde.TensorProtoTensor(packed)
         with reading():
             array = tensor.numpy()
-        return array if array.flags.c_contiguous else np.ascontiguousarray(array)
+        array = array.view() if array.flags.c_contiguous else np.ascontiguousarray(array)
+        array.flags.writeable = False
+        return array
 
     def stored(self, tensor: ir.TensorProtocol) -> Extent | None:
         """Where a tensor's bytes are in a file; None where they are in memory."""

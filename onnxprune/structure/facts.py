@@ -253,8 +253,9 @@ class _Walk:
         source = next((n.input[0] for n in body.node if n.op_type == "Identity" and n.output[0] == end), end)
         same = source == body.input[1].name
         first = self.facts.contents.get(node.input[1]) if node.input[1] else np.array(True)
-        stored = [t for t in body.initializer if t.name == source]
-        always = bool(stored) and bool(numpy_helper.to_array(stored[0]).all())
+        stored = {t.name: numpy_helper.to_array(t) for t in body.initializer if t.name == source}
+        known = stored.get(source, self.facts.contents.get(source))
+        always = known is not None and bool(known.all())
         return (always or same) and first is not None and bool(first.all())
 
     def _given(self, name: str, shape: Shape, kind: int) -> None:

@@ -16,20 +16,19 @@ import argparse
 import ast
 import collections
 import difflib
+import itertools
 import json
 import os
 import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 400
@@ -143,34 +142,59 @@ def run(folder: Path, files: list[str]) -> tuple[str, str]:
     return "killed", "it did not end"
 
 
-def passing(folder: Path, target: Path) -> tuple[Any, dict[str, float]]:
-    """Coverage by test function, and the seconds that each takes; of one run of all tests, kept beside the results."""
-    from coverage import CoverageData
+class Told:
+    """Says to coverage which test runs, in all its threads, and notes how long each takes."""
 
-    data, times = target.with_suffix(".coverage"), target.with_suffix(".xml")
-    if not times.exists():
-        settings = folder / "coverage.ini"
-        settings.write_text("[run]\ndynamic_context = test_function\nsource_pkgs = onnxprune\n")
-        command = [sys.executable, "-m", "coverage", "run", f"--rcfile={settings}", f"--data-file={data.absolute()}"]
-        command += ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={times.absolute()}"]
+    def __init__(self, coverage: Any) -> None:
+        self.coverage = coverage
+        self.seconds: dict[str, float] = collections.defaultdict(float)
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.coverage.switch_context(nodeid)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.seconds[report.nodeid] += report.duration
+
+    def pytest_runtest_logfinish(self) -> None:
+        self.coverage.switch_context("")
+
+
+def passing(folder: Path, target: Path) -> tuple[Any, dict[str, float]]:
+    """Coverage by test, and the seconds that each takes; of one run of all tests, kept beside the results."""
+    from coverage import Coverage, CoverageData
+
+    data, times = target.with_suffix(".coverage").absolute(), target.with_suffix(".times").absolute()
+    if not times.exists() and not (child := os.fork()):
+        import pytest
+
+        data.unlink(missing_ok=True)
+        os.chdir(folder)
+        os.environ["PYTHONPATH"] = f"{folder}{os.pathsep}{folder / 'tests'}"
+        sys.path[:0] = [str(folder), str(folder / "tests")]
+        coverage = Coverage(data_file=data, source_pkgs=["onnxprune"], config_file=False)
+        told = Told(coverage)
         left_out = tuple(f"test_{name}" for name in LEFT_OUT)
-        files = sorted(path.name for path in (folder / "tests").glob("test_*.py"))
-        command += [f"tests/{name}" for name in files if not name.startswith(left_out)]
-        environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{folder / 'tests'}"}
-        if subprocess.run(command, cwd=folder, env=environment, check=False).returncode:
-            times.unlink(missing_ok=True)
-            raise SystemExit("tests fail without a mutation, too")
-    seconds: dict[str, float] = collections.defaultdict(float)
-    for case in ElementTree.parse(times).iter("testcase"):
-        name = f"{case.get('classname', '').rpartition('.')[2]}.{case.get('name', '').partition('[')[0]}"
-        seconds[name] += float(case.get("time", 0))
-    coverage = CoverageData(str(data))
-    coverage.read()
-    return coverage, dict(seconds)
+        files = [f"tests/{path.name}" for path in sorted(Path("tests").glob("test_*.py"))]
+        coverage.start()
+        status = pytest.main(
+            ["-q", "-p", "no:cacheprovider", *(file for file in files if not file[6:].startswith(left_out))],
+            plugins=[told],
+        )
+        coverage.stop()
+        coverage.save()
+        if not status:
+            times.write_text(json.dumps(told.seconds))
+        sys.stdout.flush()
+        os._exit(int(status))
+    if not times.exists() and os.waitpid(child, 0)[1]:
+        raise SystemExit("tests fail without a mutation, too")
+    found = CoverageData(str(data))
+    found.read()
+    return found, json.loads(times.read_text())
 
 
 def tests(coverage: Any, seconds: dict[str, float], module: str, code: str, changed: str) -> list[str]:
-    """The test functions that pass the lines of a change, the quickest first, up to the budget."""
+    """The tests that pass the lines of a change, the quickest first, up to the budget."""
     edits = difflib.SequenceMatcher(None, code.splitlines(), changed.splitlines(), autojunk=False).get_opcodes()
     lines = {line for kind, i, j, _, _ in edits if kind != "equal" for line in range(i + 1, max(j, i + 1) + 1)}
     wanted = set(lines)
@@ -185,13 +209,9 @@ def tests(coverage: Any, seconds: dict[str, float], module: str, code: str, chan
     contexts = coverage.contexts_by_lineno(file) if file else {}
     every = [context for found in contexts.values() for context in found]
     found = {context for line in wanted for context in contexts.get(line, ())} - {""} or set(every)  # when imported
-    names = {context.rpartition("tests.")[2] for context in found} & seconds.keys()
-    chosen, total = [], 0.0
-    for name in sorted(names, key=lambda name: (seconds[name], name)):
-        if total < BUDGET:
-            total += seconds[name]
-            chosen.append("tests/{}.py::{}".format(*name.split(".", 1)))
-    return chosen
+    order = sorted(found & seconds.keys(), key=lambda name: (seconds[name], name))
+    ends = itertools.accumulate((seconds[name] for name in order), initial=0.0)
+    return [name for name, before in zip(order, ends, strict=False) if before < BUDGET]
 
 
 def try_all(count: int, seed: int, target: Path) -> None:

@@ -106,9 +106,6 @@ def _resize_conv_transpose(site: Site, cut: Cut) -> None:
         if outputs % offsets:
             raise NoRule(f"{site.what} would be left with groups of unequal size")
         cut.set_attribute(site, "group", outputs // offsets)
-    given = site.attribute("output_shape")
-    if given and len(given) == len(site.outputs[0]):
-        cut.set_attribute(site, "output_shape", [given[0], cut.count(site.outputs[0][1]), *given[2:]])
 
 
 def _gemm(site: Site) -> None:
