@@ -373,6 +373,21 @@ RECURRENT = Net(
     LSTM, ("w1 8", "w2 5x4"), {**OUT},
 )  # fmt: skip
 
+ATTENTION = [
+    Net(
+        f"attention, weights {how}",
+        "(float[2,5,6] x) => (float[2,5,3] y) { m = MatMul(x, w1) p = Add(m, b1) h = Relu(p) q = QuantizeLinear(h, s, z)"
+        " v = com.microsoft.QAttention<num_heads = 4>(q, w2, c, s, s2, , z, z2) y = MatMul(v, w3) }",
+        {**PER_TENSOR, "w1": (6, 8), "b1": (8,), "w2": signed(8, 24), "c": (24,), "w3": (8, 3), "s2": s2, "z2": z2},
+        ("w1 8", "w2 4x6 heads"),
+        OUT,
+    )
+    for how, s2, z2 in (
+        ("of one scale", scale(0.01), zero(0, np.int8)),
+        ("of columns", scale(24), zero(0, np.int8, 24)),
+    )
+]
+
 CONVOLUTION = Net(
     "conv integer",
     "(float[2,3,6,6] x) => (float[2,2,6,6] y) { h = Conv(x, w1, b1) e = Relu(h) r, rs, rz = DynamicQuantizeLinear(e)"
@@ -390,7 +405,7 @@ CONVOLUTION = Net(
     OUT,
 )
 
-NETS = [*VALUES, *PRODUCTS, RECURRENT, CONVOLUTION]
+NETS = [*VALUES, *PRODUCTS, RECURRENT, *ATTENTION, CONVOLUTION]
 
 
 @pytest.mark.parametrize("net", NETS, ids=lambda net: net.name)
