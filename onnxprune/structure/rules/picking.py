@@ -236,17 +236,18 @@ def _pad(site: Site) -> None:
     loose = {axis for i, axis in enumerate(order) if varies[i] or varies[i + len(order)]}
     for operand in (1, 2, 3):
         hold(site, operand, "takes sizes from it")
-    for i, (begin, end) in enumerate(pads):
-        if (begin, end) == (0, 0) and i not in loose:
-            continue
-        adds = site.attribute("mode", "constant") == "constant" and min(begin, end) >= 0 and i not in loose
-        if adds and not site.labels.is_fixed(axes[i]):
+    constant = site.attribute("mode", "constant") == "constant"
+    padded = [i for i, ends in enumerate(pads) if ends != (0, 0) or i in loose]
+    for i in padded:
+        begin, end = pads[i]
+        if constant and min(begin, end) >= 0 and i not in loose and not site.labels.is_fixed(axes[i]):
             axes[i] = np.concatenate([site.labels.fresh(begin), axes[i], site.labels.fresh(end)])
-            nulls[i] = False
         else:
             site.pin(axes[i], f"pads axis {i}")
             axes[i] = site.fixed(site.result()[i], f"pads axis {i}")
-    site.give(axes, nulls)
+    value = site.content(2) if site.has(2) else np.array(site.attribute("value", 0.0))
+    nought = not constant or (value is not None and not np.any(value))
+    site.give(axes, nulls if nought or not padded else [False] * len(axes))
 
 
 def _resize_pad(site: Site, cut: Cut) -> None:
