@@ -113,9 +113,18 @@ def values(model: Model, shapes: Mapping[str, Sequence[int]]) -> dict[str, np.nd
     return {name: array for name, array in found.items() if isinstance(array, np.ndarray)}
 
 
+SIZES = {"int32", "int64", "bool"}
+"""Types of sizes, places and what is asked of them."""
+
+COUNTING = {"ArgMax", "Dropout", "EmbedLayerNormalization", "Greater", "MaxPool", "TopK"}
+COUNTING |= {"ConvInteger", "MatMulInteger"}
+"""Operators that make such values of real or of quantised numbers."""
+
+
 def check_facts(plan: Plan) -> None:
-    """Values have the shapes and the contents that are known before anything runs."""
+    """Values have the shapes and the contents that are known before anything runs, and those of all sizes are."""
     flow = plan.coupling.flow
+    makers = {name: node.op_type for node in plan.coupling.model.proto.graph.node for name in node.output}
     for facts, shapes in zip((flow.facts, flow.second), plan.sizes, strict=True):
         if facts is None or facts.guessed:
             continue
@@ -126,6 +135,7 @@ def check_facts(plan: Plan) -> None:
             kind = facts.types.get(name)
             assert not kind or helper.tensor_dtype_to_np_dtype(kind) == array.dtype, name
             assert name not in facts.contents or np.array_equal(facts.contents[name], array), name
+            assert name in facts.contents or array.dtype.name not in SIZES or makers[name] in COUNTING, name
 
 
 SILENT = {
@@ -155,9 +165,8 @@ def check_zeros(plan: Plan) -> None:
         if axes is None or array.dtype.kind != "f":
             continue
         node = makers[name]
-        if node.op_type in SILENT or not silent.isdisjoint(node.input):
-            silent.add(name)
-        elif node.op_type == "Reshape" and not all(flow.nulls[node.input[0]]):  # of one of the axes that it merges
+        merged = node.op_type == "Reshape" and not all(flow.nulls[node.input[0]])  # one of its axes says nothing
+        if merged or node.op_type in SILENT or not silent.isdisjoint(node.input):
             silent.add(name)
         for index, (labels, null) in enumerate(zip(axes, flow.nulls[name], strict=True)):
             gone = dead[root[labels]]
