@@ -377,7 +377,8 @@ ATTENTION = [
     Net(
         f"attention, weights {how}",
         "(float[2,5,6] x) => (float[2,5,3] y) { m = MatMul(x, w1) p = Add(m, b1) h = Relu(p)"
-        " q = QuantizeLinear(h, s, z) v = com.microsoft.QAttention<num_heads = 4>(q, w2, c, s, s2, , z, z2) y = MatMul(v, w3) }",
+        " q = QuantizeLinear(h, s, z) v = com.microsoft.QAttention<num_heads = 4>(q, w2, c, s, s2, , z, z2)"
+        " y = MatMul(v, w3) }",
         {**PER_TENSOR, "w1": (6, 8), "b1": (8,), "w2": signed(8, 24), "c": (24,), "w3": (8, 3), "s2": s2, "z2": z2},
         ("w1 8", "w2 4x6 heads"),
         OUT,
