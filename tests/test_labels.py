@@ -159,6 +159,14 @@ def test_single_positions_carry_on_and_what_is_merged_beside_axes_that_stay_does
     assert solution.reasons[int(solution.root[other[0]])] == "Reshape merges it with other axes"
 
 
+@pytest.mark.parametrize("sizes", [(12,), (1, 12), (12, 1), (1, 12, 1)])
+def test_a_split_that_adds_axes_of_one_position(sizes: tuple[int, ...]) -> None:
+    labels = Labels()
+    axis = labels.fresh(12)
+    for size, part in zip(sizes, labels.split(axis, sizes, "Reshape"), strict=True):
+        assert part is axis if size == 12 else labels.reason(part) == "Reshape adds an axis of one position"
+
+
 def test_axes_of_different_length_cannot_be_tied():
     labels = Labels()
     with pytest.raises(ValueError, match="lengths 3 and 4 meet"):

@@ -179,6 +179,19 @@ NETS = [
         {"w3": "graph output 'y'", "w4": "graph output 'y'"},
     ),
     Net(
+        "a scan of two values along different axes",
+        """(float[2,4,3] x) => (float[4,2,2] y) {
+            h = MatMul(x, w1) g = Transpose<perm = [1, 0, 2]>(h)
+            z, all = Scan (s0, h, g) <num_scan_inputs = 2, scan_input_axes = [1, 0],
+                body = g1 (float[2,6] s, float[2,8] e, float[2,8] f) => (float[2,6] t, float[2,8] u)
+                { k = MatMul(e, w2) t = Add(s, k) u = Add(e, f) }>
+            b = MatMul(all, w3) c = MatMul(z, w4) y = Add(b, c)
+        }""",
+        {"w1": (3, 8), "w2": (8, 6), "w3": (8, 2), "w4": (6, 2), "s0": (2, 6)},
+        ("w1 8", "w2 6"),
+        {"w3": "graph output 'y'", "w4": "graph output 'y'"},
+    ),
+    Net(
         "a loop in a branch, and a reshape in it",
         """(float[N,3] x, bool c) => (float[N,2] y) {
             h = MatMul(x, w1)
