@@ -161,7 +161,7 @@ def _det(site: Site) -> None:
     axes = site.axes()
     for axis in axes[-2:]:
         site.pin(axis, "mixes the last two axes")
-    site.give(axes[:-2])
+    site.give(axes[:-2], site.null(0)[:-2])
 
 
 def _stft(site: Site) -> None:
@@ -170,7 +170,8 @@ def _stft(site: Site) -> None:
         site.pin(axis, "mixes the samples of a window")
     for operand in (1, 2, 3):
         hold(site, operand, "takes windows by it")
-    site.give([site.axes()[0], *(site.fixed(size, "mixes the samples of a window") for size in site.result()[1:])])
+    made = [site.fixed(size, "mixes the samples of a window") for size in site.result()[1:]]
+    site.give([site.axes()[0], *made], [site.null(0)[0], *[False] * len(made)])
 
 
 def _dft(site: Site) -> None:

@@ -1,0 +1,153 @@
+"""Rules of operators that few models have, and operands and attributes that few nodes have."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from structure_oracle import Net, check, ints
+from test_structure_rules_images import between as images
+from test_structure_rules_matrices import between as rows
+
+TWO = np.array(2, np.float32)
+SUMS = ("Sum", "L1", "L2", "SumSquare", "Mean")
+ALL = {"w1": "reduces axis 1"}
+
+NETS = [
+    *(
+        images(f"{op} over places", f"p = Sigmoid(h) r = Reduce{op}(p, places) z = Mul(h, r)", {"places": ints(2, 3)})
+        for op in (*SUMS, "Max", "Min", "Prod", "LogSum", "LogSumExp")
+    ),
+    *(
+        images(f"{op} over channels", f"r = Reduce{op}(h, one) z = Mul(h, r)", {"one": ints(1)})
+        for op in ("Sum", "L1", "L2", "SumSquare")
+    ),
+    *(
+        images(f"{op} over channels", f"r = Reduce{op}(h, one) z = Mul(h, r)", {"one": ints(1)}, (), ALL)
+        for op in ("Max", "Min", "Prod", "LogSumExp")
+    ),
+    images(
+        "the sum of an exponential",
+        "e = Exp(h) r = ReduceSum<keepdims = 0>(e, one) u = Unsqueeze(r, one) z = Mul(h, u)",
+        {"one": ints(1)},
+        (),
+        ALL,
+    ),
+    images("reduces nothing", "z = ReduceMax<noop_with_empty_axes = 1>(h)"),
+    images(
+        "a logarithm of sums",
+        "a = Abs(h) r = ReduceLogSum(a, places) z = Mul(h, r)",
+        {"places": ints(2, 3)},
+        (),
+        {"w1": "takes a logarithm, and pruned positions would hold 0"},
+    ),
+    images("average pool", "z = AveragePool<kernel_shape = [2, 2], pads = [1, 0, 1, 0], strides = [2, 1]>(h)"),
+    images("log softmax over places", "z = LogSoftmax<axis = 3>(h)"),
+    images("log softmax over channels", "z = LogSoftmax<axis = 1>(h)", None, (), {"w1": "mixes axis 1"}),
+    images("softmax 11 over places", "z = Softmax<axis = 2>(h)", opset=11),
+    images("softmax 11", "z = Softmax(h)", None, (), {"w1": "mixes axis 1"}, opset=11),
+    images("least and powers", "a = Min(h, c) b = Pow(a, two) z = Add(a, b)", {"c": (8, 1, 1), "two": TWO}),
+    images("remainders", "z = Mod<fmod = 1>(h, c)", {"c": (8, 1, 1)}),
+    images("sums along rows", "z = CumSum<exclusive = 1, reverse = 1>(h, three)", {"three": np.array(3)}),
+    images("sums along channels", "z = CumSum(h, one)", {"one": np.array(1)}, (), {"w1": "sums along it"}),
+    images(
+        "largest of columns",
+        "v, i = TopK<axis = 2, largest = 0>(h, k) c = Cast<to = 1>(i) z = Add(v, c)",
+        {"k": ints(4)},
+    ),
+    images("lower triangles", "z = Trilu<upper = 0>(h, k)", {"k": np.array(1)}),
+    images("shifted and rectified", "z = Shrink<lambd = 0.3, bias = 0.1>(h)"),
+    images("one over", "e = Exp(h) z = Reciprocal(e)"),
+    images("one over what may be 0", "z = Reciprocal(h)", None, (), {"w1": "has no value at 0"}),
+    images("turned back", "e = Sigmoid(h) a = Acos(e) b = Asin(e) z = Add(a, b)"),
+    images("a gate of signs", "p = Greater(h, c) n = Not(p) f = Cast<to = 1>(n) z = Mul(h, f)", {"c": (8, 1, 1)}),
+    images(
+        "either sign",
+        "p = Greater(h, c) q = Less(h, d) o = Or(p, q) a = And(o, p) e = Xor(a, q) n = Not(e) f = Cast<to = 1>(n) z = Mul(h, f)",
+        {"c": (8, 1, 1), "d": (8, 1, 1)},
+    ),
+    images(
+        "updates by place",
+        "z = ScatterND(h, at, u)",
+        {"at": ints(0, 1).reshape(1, 2), "u": (1, 6, 6)},
+        (),
+        {"w1": "puts entries by it"},
+        batch="2",
+    ),
+    images(
+        "updates of images",
+        'z = ScatterND<reduction = "add">(h, at, u)',
+        {"at": ints(1).reshape(1, 1), "u": (1, 8, 6, 6)},
+        batch="2",
+    ),
+    images(
+        "entries of each image",
+        "t = Transpose<perm = [0, 2, 3, 1]>(h) g = GatherND<batch_dims = 1>(t, at) u = Unsqueeze(g, two)"
+        " z = Transpose<perm = [0, 3, 1, 2]>(u)",
+        {"at": np.array([[[0, 1], [2, 3], [5, 5]], [[1, 1], [4, 0], [3, 2]]]), "two": ints(2)},
+        batch="2",
+    ),
+    images(
+        "columns to images",
+        "p = Reshape(h, apart) z = Col2Im<pads = [0, 0, 0, 0], strides = [2, 2]>(p, size, block)",
+        {"apart": ints(0, 8, 36), "size": ints(12, 12), "block": ints(2, 2), "w3": (2, 2, 1, 1)},
+        ("w1 2x4",),
+    ),
+    images(
+        "transformed along rows",
+        "t = Transpose<perm = [0, 1, 3, 2]>(h) u = Unsqueeze(t, last) d = DFT(u, , axis) r, i = Split<axis = 4,"
+        " num_outputs = 2>(d) a = Mul(r, r) b = Mul(i, i) c = Add(a, b) z = Squeeze(c, last)",
+        {"last": ints(4), "axis": np.array(3)},
+    ),
+    images(
+        "windows of signals",
+        "f = Reshape(h, flat) u = Unsqueeze(f, two) s = STFT<onesided = 1>(u, step, window) r, i = Split<axis = 3,"
+        " num_outputs = 2>(s) q = Squeeze(r, three) z = Reshape(q, apart)",
+        {
+            "flat": ints(16, 36),
+            "two": ints(2),
+            "three": ints(3),
+            "step": np.array(6),
+            "window": (12,),
+            "apart": ints(2, 8, 5, 7),
+        },
+        batch="2",
+    ),
+    images(
+        "determinants",
+        "d = Det(h) u = Unsqueeze(d, places) z = Mul(h, u)",
+        {"places": ints(2, 3)},
+    ),
+    images(
+        "a grid made of numbers",
+        'g = AffineGrid<align_corners = 1>(theta, size) z = GridSample<mode = "nearest">(h, g)',
+        {"theta": (2, 2, 3), "size": ints(2, 8, 4, 4)},
+        batch="2",
+    ),
+    rows(
+        "GRU with all it may have",
+        't = Transpose<perm = [1, 0, 2]>(h) r, last = GRU<hidden_size = 4, direction = "bidirectional", clip = 3.0>'
+        "(t, w2, w4, b2, l, h0) z = Transpose<perm = [1, 0, 2]>(last)",
+        {
+            "w2": (2, 12, 8),
+            "w4": (2, 12, 4),
+            "b2": (2, 24),
+            "l": np.array([5, 3], np.int32),
+            "h0": (2, 2, 4),
+        },
+        ("w1 8", "w2 4x3"),
+        last=4,
+        batch="2",
+        length="5",
+    ),
+    rows(
+        "RNN with a state that is not 0",
+        "t = Transpose<perm = [1, 0, 2]>(h) s = ReduceMean<keepdims = 1>(t, nought) h0 = Exp(s)"
+        " r, last = RNN<hidden_size = 8>(t, w2, w4, , , h0) z = Transpose<perm = [1, 0, 2]>(last)",
+        {"w2": (1, 8, 8), "w4": (1, 8, 8), "nought": ints(0)},
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("net", NETS, ids=lambda net: net.name)
+def test_nets(net: Net) -> None:
+    check(net)
