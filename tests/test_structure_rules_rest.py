@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from structure_oracle import Net, check, ints
+from test_structure_contrib import rows as sequences
+from test_structure_quantised import LSTM, OUT
 from test_structure_rules_images import between as images
 from test_structure_rules_matrices import between as rows
 
@@ -144,6 +146,81 @@ NETS = [
         "t = Transpose<perm = [1, 0, 2]>(h) s = ReduceMean<keepdims = 1>(t, nought) h0 = Exp(s)"
         " r, last = RNN<hidden_size = 8>(t, w2, w4, , , h0) z = Transpose<perm = [1, 0, 2]>(last)",
         {"w2": (1, 8, 8), "w4": (1, 8, 8), "nought": ints(0)},
+    ),
+    *(
+        images(
+            f"conv {activation}, summed",
+            f'e = com.microsoft.FusedConv<activation = "{activation}", activation_params = {parameters}>(h, w2, b2)'
+            " s = ReduceSum(e, one) z = Mul(e, s)",
+            {"w2": (5, 8, 1, 1), "b2": (5,), "one": ints(1)},
+            ("w1 8", "w2 5") if keeps else ("w1 8",),
+            None if keeps else {"w2": "ReduceSum 's' reduces axis 1"},
+            5,
+        )
+        for activation, parameters, keeps in (
+            ("Clip", [-1.0, 6.0], True),
+            ("Clip", [1.0, 6.0], False),
+            ("LeakyRelu", [0.1], True),
+            ("HardSigmoid", [0.2, 0.5], False),
+            ("Sigmoid", [0.0], False),
+            ("Tanh", [0.0], True),
+        )
+    ),
+    images(
+        "conv and another's result, summed",
+        'd = Sigmoid(h) e = com.microsoft.FusedConv<activation = "Relu">(h, w2, b2, d) s = ReduceSum(e, one)'
+        " z = Mul(e, s)",
+        {"w2": (8, 8, 1, 1), "b2": (8,), "one": ints(1)},
+        (),
+        {"w1": "ReduceSum 's' reduces axis 1", "w2": "ReduceSum 's' reduces axis 1"},
+    ),
+    sequences(
+        "words, sentences and places",
+        "e, c = MS.EmbedLayerNormalization<epsilon = 0.1>(ids, parts, word, place, part, g, b, mask, at)"
+        " z = Add(h, e)",
+        {
+            "word": (20, 8),
+            "place": (9, 8),
+            "part": (2, 8),
+            "g": (8,),
+            "b": (8,),
+            "parts": np.array([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]], np.int32),
+            "mask": np.ones((2, 5), np.int32),
+            "at": np.array([[1, 2, 3, 4, 5], [0, 1, 2, 3, 4]], np.int32),
+        },
+        (),
+        {"w1": "normalises over the last axis"},
+        given=", int32[2,5] ids",
+    ),
+    sequences(
+        "heads that skip padding",
+        "q = MatMul(h, wq) k = MatMul(h, wk) v = MatMul(h, wv)"
+        " z = MS.MultiHeadAttention<num_heads = 3>(q, k, v, b2, padding)",
+        {
+            "wq": (8, 12),
+            "wk": (8, 12),
+            "wv": (8, 12),
+            "b2": (36,),
+            "padding": np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], np.int32),
+        },
+        ("w1 8", "wq 3x4 heads"),
+        None,
+        12,
+    ),
+    Net(
+        "quantised LSTM with all it may have",
+        "(float[4,2,6] x) => (float[1,2,3] y) { m = MatMul(x, w1) p = Add(m, b1) h = Relu(p)"
+        " v, last, cell = com.microsoft.DynamicQuantizeLSTM<hidden_size = 5>"
+        "(h, w2, r2, b2, l, h0, c0, peep, sw, zw, sw, zw) s = Add(last, cell) y = MatMul(s, w3) }",
+        {
+            **LSTM,
+            "l": np.array([4, 3], np.int32),
+            "h0": (1, 2, 5),
+            "c0": (1, 2, 5),
+            "peep": (1, 15),
+        },
+        ("w1 8", "w2 5x4"),
+        OUT,
     ),
 ]  # fmt: skip
 
