@@ -176,8 +176,7 @@ NETS = [
     ),
     sequences(
         "words, sentences and places",
-        "e, c = MS.EmbedLayerNormalization<epsilon = 0.1>(ids, parts, word, place, part, g, b, mask, at)"
-        " z = Add(h, e)",
+        "e, c = MS.EmbedLayerNormalization<epsilon = 0.1>(ids, parts, word, place, part, g, b, mask, at) z = Add(h, e)",
         {
             "word": (20, 8),
             "place": (9, 8),
@@ -222,9 +221,101 @@ NETS = [
         ("w1 8", "w2 5x4"),
         OUT,
     ),
-]  # fmt: skip
+]
+
+OLD = [
+    images("squeeze 11", "u = Unsqueeze<axes = [1, -1]>(h) r = Relu(u) z = Squeeze<axes = [1, -1]>(r)", opset=11),
+    images(
+        "squeeze 11 of all there is",
+        "g = GlobalAveragePool(h) q = Squeeze(g) r = Relu(q) z = Unsqueeze<axes = [2, 3]>(r)",
+        opset=11,
+        batch="2",
+    ),
+    images(
+        "reduce 11",
+        "a = ReduceMax<axes = [2, 3], keepdims = 0>(h) b = ReduceMean<axes = [-1, -2]>(h)"
+        " c = Unsqueeze<axes = [2, 3]>(a) z = Add(b, c)",
+        opset=11,
+    ),
+    images("reduce 11 over all", "a = ReduceMax(h) z = Mul(h, a)", None, (), {"w1": "reduces axis 1"}, opset=11),
+    images("clip 10", "z = Clip<min = -0.5, max = 0.5>(h)", opset=10, batch="2"),
+    images(
+        "clip 10 above 0, summed",
+        "c = Clip<min = 0.5, max = 2.5>(h) s = ReduceSum<axes = [1]>(c) z = Mul(c, s)",
+        None,
+        (),
+        {"w1": "reduces axis 1"},
+        opset=10,
+        batch="2",
+    ),
+    images(
+        "clip 10 from below", "c = Clip<min = -0.5>(h) s = ReduceSum<axes = [1]>(c) z = Mul(c, s)", opset=10, batch="2"
+    ),
+    images(
+        "clip 11 above 0, summed",
+        "c = Clip(h, low, high) s = ReduceSum<axes = [1]>(c) z = Mul(c, s)",
+        {"low": np.array(0.5, np.float32), "high": np.array(2.5, np.float32)},
+        (),
+        {"w1": "reduces axis 1"},
+        opset=11,
+    ),
+    images(
+        "clip 11 below 0, summed",
+        "c = Clip(h, , high) s = ReduceSum<axes = [1]>(c) z = Mul(c, s)",
+        {"high": np.array(-0.5, np.float32)},
+        (),
+        {"w1": "reduces axis 1"},
+        opset=11,
+    ),
+    images(
+        "clip 11 around 0, summed",
+        "c = Clip(h, low) s = ReduceSum<axes = [1]>(c) z = Mul(c, s)",
+        {"low": np.array(-0.5, np.float32)},
+        opset=11,
+    ),
+    images(
+        "top 9",
+        "k = Constant<value_ints = [3]>() v, i = TopK<axis = 3>(h, k) z = Relu(v)",
+        opset=12,
+    ),
+    images("average pool 7", "z = AveragePool<kernel_shape = [2, 2], count_include_pad = 1>(h)", opset=7, batch="2"),
+    images(
+        "pad 2 by a value", "p = Pad<pads = [0, 0, 1, 0, 0, 0, 0, 1], value = 0.5>(h) z = Relu(p)", opset=8, batch="2"
+    ),
+    images("cumulative 11", "z = CumSum(h, last)", {"last": np.array(-1)}, opset=11),
+    images("hardmax 11", "z = Hardmax<axis = 3>(h)", opset=11),
+    images("hardmax 13", "z = Hardmax<axis = 2>(h)", opset=13),
+    images(
+        "gemm 7",
+        "g = GlobalMaxPool(h) f = Flatten(g) m = Gemm<transB = 1>(f, w2, c) z = Unsqueeze<axes = [2, 3]>(m)",
+        {"w2": (5, 8), "c": (5,)},
+        ("w1 8", "w2 5"),
+        None,
+        5,
+        opset=7,
+        batch="2",
+    ),
+    images(
+        "tile 7",
+        "t = Tile(h, times) z = Conv(t, w2)",
+        {"times": ints(1, 2, 1, 1), "w2": (5, 16, 1, 1)},
+        ("w1 8", "w2 5"),
+        None,
+        5,
+        opset=7,
+        batch="2",
+    ),
+    images(
+        "group norm 18 of pairs",
+        "z = GroupNormalization<num_groups = 2>(h, s, b)",
+        {"s": (2,), "b": (2,)},
+        ("w1 2x4",),
+        opset=18,
+    ),
+]
+"""Attributes that became operands, and operators that were others once."""
 
 
-@pytest.mark.parametrize("net", NETS, ids=lambda net: net.name)
+@pytest.mark.parametrize("net", [*NETS, *OLD], ids=lambda net: net.name)
 def test_nets(net: Net) -> None:
     check(net)
