@@ -64,7 +64,8 @@ NETS = [
     images("a gate of signs", "p = Greater(h, c) n = Not(p) f = Cast<to = 1>(n) z = Mul(h, f)", {"c": (8, 1, 1)}),
     images(
         "either sign",
-        "p = Greater(h, c) q = Less(h, d) o = Or(p, q) a = And(o, p) e = Xor(a, q) n = Not(e) f = Cast<to = 1>(n) z = Mul(h, f)",
+        "p = Greater(h, c) q = Less(h, d) o = Or(p, q) a = And(o, p) e = Xor(a, q) n = Not(e)"
+        " f = Cast<to = 1>(n) z = Mul(h, f)",
         {"c": (8, 1, 1), "d": (8, 1, 1)},
     ),
     images(
