@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper, parser
 from onnxprune.graph.model import Model, load
 from onnxprune.runtime.feeds import random_feeds
 from onnxprune.structure import shrink, verify
+from onnxprune.structure.facts import Facts
 from onnxprune.structure.plan import Plan
 
 Stored = tuple[int, ...] | np.ndarray
@@ -101,16 +102,47 @@ def distance(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]] | None 
     return worst
 
 
-def values(model: Model, shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
-    """What every node of a model computes on random inputs; those of sub-graphs left out."""
+Arrays = Mapping[str, np.ndarray]
+
+
+def values(model: Model, feed: Arrays) -> dict[str, np.ndarray]:
+    """What every node of a model computes; those of sub-graphs left out."""
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
     given = {value.name for value in proto.graph.output}
     names = [name for node in proto.graph.node for name in node.output if name]
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in given)
-    feed, _ = random_feeds(model.proto, shapes)
     found = dict(zip([value.name for value in proto.graph.output], run(proto, feed), strict=True))
     return {name: array for name, array in found.items() if isinstance(array, np.ndarray)}
+
+
+def check_known(facts: Facts, found: Arrays) -> None:
+    """What is known of values before anything runs is so."""
+    for name, array in found.items():
+        known, kind = facts.shapes.get(name), facts.types.get(name)
+        assert known is None or 0 in known or known == array.shape, name  # 0: of no importance, and not known
+        assert not kind or helper.tensor_dtype_to_np_dtype(kind) == array.dtype, name
+        exact = 0 if array.dtype.kind in "iub" else 1e-6  # onnxruntime rounds otherwise than numpy
+        np.testing.assert_allclose(facts.contents.get(name, array), array, exact, exact, err_msg=name)
+
+
+def nulls(plan: Plan, feed: Arrays) -> Iterator[tuple[str, int, bool, bool]]:
+    """Values with channels that go, and the axis: whether they are said to hold 0 there, and do; the model is changed.
+
+    Only real numbers are looked at.
+    """
+    coupling = plan.coupling
+    choose(plan, 0)
+    plan.zero(shrink.kept(coupling, plan.removed))
+    dead, root = coupling.dead(plan.removed), coupling.solution.root
+    for name, array in values(coupling.model, feed).items():
+        axes = coupling.flow.axes.get(name)
+        if axes is None or array.dtype.kind != "f":
+            continue
+        for index, (labels, null) in enumerate(zip(axes, coupling.flow.nulls[name], strict=True)):
+            gone = dead[root[labels]]
+            if labels.size == array.shape[index] and gone.any():
+                yield name, index, null, not array.take(np.flatnonzero(gone), index).any()
 
 
 SIZES = {"int32", "int64", "bool"}
@@ -122,20 +154,16 @@ COUNTING |= {"And", "ConvInteger", "Less", "MatMulInteger", "Not", "Or", "Xor"}
 
 
 def check_facts(plan: Plan) -> None:
-    """Values have the shapes and the contents that are known before anything runs, and those of all sizes are."""
-    flow = plan.coupling.flow
-    makers = {name: node.op_type for node in plan.coupling.model.proto.graph.node for name in node.output}
+    """What is known of values before anything runs is so, and of all shapes and sizes something is."""
+    flow, model = plan.coupling.flow, plan.coupling.model
+    makers = {name: node.op_type for node in model.proto.graph.node for name in node.output}
     for facts, shapes in zip((flow.facts, flow.second), plan.sizes, strict=True):
         if facts is None or facts.guessed:
             continue
-        for name, array in values(plan.coupling.model, shapes).items():
-            known = facts.shapes.get(name)
-            assert known is None or 0 in known or known == array.shape, name  # 0: of no importance, and not known
-            assert known is not None or facts.unknown[name].startswith(("If ", "Loop ")), name
-            kind = facts.types.get(name)
-            assert not kind or helper.tensor_dtype_to_np_dtype(kind) == array.dtype, name
-            exact = 0 if array.dtype.kind in "iub" else 1e-6  # onnxruntime rounds otherwise than numpy
-            np.testing.assert_allclose(facts.contents.get(name, array), array, exact, exact, err_msg=name)
+        found = values(model, random_feeds(model.proto, shapes)[0])
+        check_known(facts, found)
+        for name, array in found.items():
+            assert name in facts.shapes or facts.unknown[name].startswith(("If ", "Loop ")), name
             assert name in facts.contents or array.dtype.name not in SIZES or makers[name] in COUNTING, name
 
 
@@ -155,25 +183,13 @@ SILENT = {
 
 def check_zeros(plan: Plan) -> None:
     """Where real numbers are said to be 0 when channels go, they are, and nowhere else. The plan's model is changed."""
-    coupling = plan.coupling
-    choose(plan, 0)
-    plan.zero(shrink.kept(coupling, plan.removed))
-    dead, root, flow = coupling.dead(plan.removed), coupling.solution.root, coupling.flow
-    makers = {name: node for node in coupling.model.proto.graph.node for name in node.output}
     silent: set[str] = set()
-    for name, array in values(coupling.model, plan.sizes[0]).items():
-        axes = flow.axes.get(name)
-        if axes is None or array.dtype.kind != "f":
-            continue
-        node = makers[name]
-        merged = node.op_type == "Reshape" and not all(flow.nulls[node.input[0]])  # one of its axes says nothing
+    for node in plan.coupling.model.proto.graph.node:
+        merged = node.op_type == "Reshape" and not all(plan.coupling.flow.nulls[node.input[0]])  # one says nothing
         if merged or node.op_type in SILENT or not silent.isdisjoint(node.input):
-            silent.add(name)
-        for index, (labels, null) in enumerate(zip(axes, flow.nulls[name], strict=True)):
-            gone = dead[root[labels]]
-            if labels.size == array.shape[index] and gone.any():
-                zeros = not array.take(np.flatnonzero(gone), index).any()
-                assert null == zeros or (zeros and name in silent), (name, index)
+            silent.update(node.output)
+    for name, index, null, zeros in nulls(plan, random_feeds(plan.coupling.model.proto, plan.sizes[0])[0]):
+        assert null == zeros or (zeros and name in silent), (name, index)
 
 
 def unread(proto: onnx.ModelProto) -> set[str]:

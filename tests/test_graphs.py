@@ -32,6 +32,7 @@ from onnxprune.algorithms import select
 from onnxprune.graph import model as loading
 from onnxprune.graph.model import load
 from onnxprune.lowering.lower import lowered
+from onnxprune.structure.plan import Plan
 
 SPARSITIES = (0.5, 0.3, 0.9, 1.0)
 
@@ -103,6 +104,17 @@ def identical(graph: Graph) -> None:
         same = result.to_proto()
         same.ClearField("metadata_props")
         assert same.SerializeToString(deterministic=True) == graph.model.SerializeToString(deterministic=True)
+
+
+def says(graph: Graph) -> None:
+    """What is known of every value before the model runs is so: shape, type, content, and where pruning leaves 0."""
+    plan = Plan.of(load(graph.model), {name: array.shape for name, array in graph.feed.items()})
+    facts = plan.coupling.flow.facts
+    if not facts.guessed:
+        structure_oracle.check_known(facts, structure_oracle.values(plan.coupling.model, graph.feed))
+    found = structure_oracle.nulls(plan, graph.feed)
+    wrong = [(name, index) for name, index, null, zeros in found if null and not zeros]
+    assert not wrong, wrong
 
 
 def shrinks(graph: Graph, sparsity: float | None = None) -> None:
@@ -239,6 +251,7 @@ def keeps_zeros(masks: onnxprune.Masks, stored: dict[str, onnx.TensorProto]) -> 
 PROPERTIES: tuple[Callable[[Graph], None], ...] = (
     exact,
     identical,
+    says,
     shrinks,
     lowers,
     patches,

@@ -101,19 +101,28 @@ NETS = [
         " num_outputs = 2>(d) a = Mul(r, r) b = Mul(i, i) c = Add(a, b) z = Squeeze(c, last)",
         {"last": ints(4), "axis": np.array(3)},
     ),
-    images(
-        "windows of signals",
-        "f = Reshape(h, flat) u = Unsqueeze(f, two) s = STFT<onesided = 1>(u, step, window) r, i = Split<axis = 3,"
-        " num_outputs = 2>(s) q = Squeeze(r, three) z = Reshape(q, apart)",
-        {
-            "flat": ints(16, 36),
-            "two": ints(2),
-            "three": ints(3),
-            "step": np.array(6),
-            "window": (12,),
-            "apart": ints(2, 8, 5, 7),
-        },
-        batch="2",
+    *(
+        images(
+            f"windows of signals, {how}",
+            f"f = Reshape(h, flat) u = Unsqueeze(f, two) s = STFT{sides}(u, step, {windows}) r, i = Split<axis = 3,"
+            " num_outputs = 2>(s) q = Squeeze(r, three) z = Reshape(q, apart)",
+            {
+                "flat": ints(16, 36),
+                "two": ints(2),
+                "three": ints(3),
+                "step": np.array(6),
+                "window": (12,),
+                "length": np.array(9),
+                "apart": ints(2, 8, *places),
+            },
+            batch="2",
+        )
+        for how, sides, windows, places in (
+            ("one side", "<onesided = 1>", "window", (5, 7)),
+            ("one side by default", "", "window", (5, 7)),
+            ("both sides", "<onesided = 0>", "window", (5, 12)),
+            ("of a length", "", ", length", (5, 5)),
+        )
     ),
     images(
         "determinants",
