@@ -21,7 +21,7 @@ from onnxprune.algorithms.pruner import Clock
 from onnxprune.algorithms.scores import CHANNEL_SCORES
 from onnxprune.config import load as load_config
 from onnxprune.graph.model import load
-from onnxprune.structure import explain
+from onnxprune.structure import explain, shrink
 from onnxprune.structure.channels import Group, rounded
 from onnxprune.structure.coupling import Member
 from onnxprune.structure.plan import Plan
@@ -361,6 +361,27 @@ def test_any_decision_can_be_cut(seed):
 
     plan.zero(shrink.kept(plan.coupling, plan.removed))
     assert plan.check(plan.cut()) < 1e-5
+
+
+@pytest.mark.parametrize("empty", [(), (3,), (0, 1, 5), range(16)], ids=str)
+def test_channels_of_which_nothing_is_left(empty):
+    """One always stays; where nothing is told of any tensor, all do."""
+    coupling = Plan.of(load(residual())).coupling
+    whole = {t.name: np.ones(tuple(t.dims), np.bool_) for t in coupling.model.proto.graph.initializer}
+
+    def live(name):
+        left = whole[name].copy()
+        if name in ("stem", "down") or name.startswith("bn."):
+            left[list(empty)] = False
+        if name in ("up", "fc"):
+            left[:, list(empty)] = False
+        return left
+
+    wanted = [c in empty and c != 0 if len(empty) == 16 else c in empty for c in range(16)]
+    assert shrink.gone(coupling, live)["stem"].tolist() == wanted
+    for found in (shrink.gone(coupling, live), shrink.gone(coupling, lambda name: None)):
+        assert not found["up"].any()
+    assert not shrink.gone(coupling, lambda name: None)["stem"].any()
 
 
 def test_explain_names_members_and_roles():

@@ -135,6 +135,23 @@ NETS = [
         {"theta": (2, 2, 3), "size": ints(2, 8, 4, 4)},
         batch="2",
     ),
+    images(
+        "statistics that are learned",
+        "n, m, v = BatchNormalization<training_mode = 1>(h, s, b, m0, v0) u = Unsqueeze(m, places) e = Mul(n, u)"
+        " w = Unsqueeze(v, places) z = Mul(e, w)",
+        {"s": (8,), "b": (8,), "m0": (8,), "v0": (8,), "places": ints(0, 2, 3)},
+        batch="2",
+    ),
+    rows(
+        "linear attention without a past",
+        "q = MatMul(h, wq) k = MatMul(h, wk) v = MatMul(h, wv)"
+        ' z, s = LinearAttention<q_num_heads = 4, kv_num_heads = 4, update_rule = "linear">(q, k, v)',
+        {"wq": (8, 12), "wk": (8, 12), "wv": (8, 8)},
+        ("w1 8", "wq 4x3 heads"),
+        opset=27,
+        batch="2",
+        length="5",
+    ),
     rows(
         "GRU with all it may have",
         't = Transpose<perm = [1, 0, 2]>(h) r, last = GRU<hidden_size = 4, direction = "bidirectional", clip = 3.0>'

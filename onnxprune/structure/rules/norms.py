@@ -26,11 +26,9 @@ def _batch_norm(site: Site) -> None:
             site.average(axis, "averages over it")
     null = _affine(site, 1, 2)
     site.give(axes, [null if i == 1 else False for i in range(len(axes))])
-    for name in site.node.output[1:]:
-        if name:
-            site.give([channels])
-        else:
-            site.give([])
+    for name, statistics in zip(site.node.output[1:], (3, 4, 3, 4), strict=False):
+        given = [channels] if name else []
+        site.give(given, [site.null(0)[1] and site.null(statistics)[0]] * len(given))
 
 
 def _affine(site: Site, *operands: int) -> bool:
