@@ -29,8 +29,6 @@ TARGETS = {
     "Tile": {1},
     "Pad": {1},
     "CenterCropPad": {1},
-    "Squeeze": {1},
-    "Unsqueeze": {1},
     "Gather": {1},
 }
 """Operands that rules correct, or whose results' shapes tell."""
