@@ -346,6 +346,35 @@ BEARABLE: dict[str, Make] = {
     "a weight multiplied by itself": grown(doubled("Mul", 60), w=pi(4, 3)),
     "a weight scaled again and again": grown(chain("Mul", 60, "s"), w=pi(4, 3), s=pi(3)),
     "a weight transposed again and again": grown(chain("Transpose", 3_000), w=pi(4, 4)),
+    "a column and a row added": grown("s = Add(a, b) h = Mul(w, s)", a=pi(2**16, 1), b=pi(1, 2**16), w=pi(1, 1)),
+    "a column and a row multiplied": grown(
+        "s = MatMul(a, b) m = ReduceMax<keepdims = 0>(s) h = Mul(w, m)", a=pi(2**16, 1), b=pi(1, 2**16), w=pi(4, 3)
+    ),
+    "a column and a row added again and again": grown(
+        f"s0 = Add(a, b) {' '.join(f's{i + 1} = Add(s{i}, a)' for i in range(60))}"
+        " m = ReduceMax<keepdims = 0>(s60) h = Mul(w, m)",
+        a=pi(4000, 1),
+        b=pi(1, 4000),
+        w=pi(4, 3),
+    ),
+    "columns and rows added": grown(
+        f"{' '.join(f's{i} = Add(a, b) m{i} = ReduceMax<keepdims = 0>(s{i})' for i in range(60))}"
+        f" t = Sum({', '.join(f'm{i}' for i in range(60))}) h = Mul(w, t)",
+        a=pi(4000, 1),
+        b=pi(1, 4000),
+        w=pi(4, 3),
+    ),
+    "a range of 16 bits": lambda folder: write(
+        folder,
+        parse(
+            "(float16[N, 4] x) => (float16[N, M] y) { r = Range(a, b, c) h = Reshape(r, s) y = MatMul(x, h) }",
+            opset=27,
+            a=np.float16(0).reshape(()),
+            b=np.float16(60000).reshape(()),
+            c=np.float16(1e-4).reshape(()),
+            s=np.array([4, -1]),
+        ),
+    ),
     "a shape that is huge": grown(
         "s = Constant<value = int64[1] {1099511627776}>() "
         "z = ConstantOfShape<value = int64[1] {1}>(s) h = Reshape(w, z)",

@@ -15,11 +15,11 @@ from onnx import defs, helper, numpy_helper
 
 Array = np.ndarray[Any, Any]
 
-SIZED = {
-    "BlackmanWindow", "CenterCropPad", "ConstantOfShape", "DFT", "Expand", "HammingWindow", "HannWindow",
-    "MelWeightMatrix", "OneHot", "Pad", "Range", "Resize", "STFT", "Tile", "Upsample",
-}  # fmt: skip
-"""Operators whose results are as large as the values of their inputs say, not as these inputs are."""
+FEWER = {"Compress", "NonZero", "Unique"}
+"""Operators of which ONNX's inference cannot tell how many elements they pick of those they are given."""
+
+TOLD = 1024
+"""Elements of an operand that may say a shape."""
 
 
 def compute(node: onnx.NodeProto, given: Mapping[str, Array], versions: Mapping[str, int], limit: int) -> list[Array]:
@@ -29,15 +29,17 @@ def compute(node: onnx.NodeProto, given: Mapping[str, Array], versions: Mapping[
         node: the node; without sub-graphs.
         given: its inputs by name.
         versions: domain -> version.
-        limit: elements that no result may exceed.
+        limit: elements that no result may exceed, unless the inputs have half as many.
 
     Raises:
-        Exception: a result is too large, or the reference implementation fails.
+        Exception: a result is too large, or nothing says how large; or the reference implementation fails.
     """
     from onnx.reference import ReferenceEvaluator  # slow to import, and rarely needed
 
-    if node.domain in ("", "ai.onnx") and node.op_type in SIZED and _largest(node, given, versions.get("", 1)) > limit:
-        raise ValueError(f"{node.op_type} would make more than {limit} elements of it")
+    if node.op_type not in FEWER:
+        made, known = _largest(node, given, versions), sum(array.size for array in given.values())
+        if made > limit and made > 2 * known:
+            raise ValueError(f"{node.op_type} would make {made} elements of {known}")
     inputs = [onnx.ValueInfoProto(name=name) for name in given]
     outputs = [onnx.ValueInfoProto(name=name) for name in node.output if name]
     graph = helper.make_graph([node], "constant", inputs, outputs)
@@ -48,17 +50,27 @@ def compute(node: onnx.NodeProto, given: Mapping[str, Array], versions: Mapping[
     return [np.asarray(value) for value in values]
 
 
-def _largest(node: onnx.NodeProto, given: Mapping[str, Array], version: int) -> int:
+def _largest(node: onnx.NodeProto, given: Mapping[str, Array], versions: Mapping[str, int]) -> int:
+    """Elements of a node's largest result, or more.
+
+    Raises:
+        Exception: that is not known, or the node is none of its operator.
+    """
     types = {
         name: helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
         for name, array in given.items()
     }
-    data = {name: numpy_helper.from_array(np.asarray(array, order="C"), name) for name, array in given.items()}
+    small = {name: array for name, array in given.items() if array.size <= TOLD}
+    data = {name: numpy_helper.from_array(np.asarray(array, order="C"), name) for name, array in small.items()}
+    domain = "" if node.domain == "ai.onnx" else node.domain
     found = onnx.shape_inference.infer_node_outputs(
-        defs.get_schema(node.op_type, version, ""), node, types, data,
-        opset_imports=[helper.make_opsetid("", version)], ir_version=10,
+        defs.get_schema(node.op_type, versions.get(domain, 1), domain), node, types, data,
+        opset_imports=[helper.make_opsetid(domain, versions.get(domain, 1))], ir_version=10,
     )  # fmt: skip
-    return max((math.prod(d.dim_value for d in kind.tensor_type.shape.dim) for kind in found.values()), default=0)
+    shapes = [kind.tensor_type.shape.dim for kind in found.values() if kind.tensor_type.HasField("shape")]
+    if len(shapes) < sum(map(bool, node.output)) or not all(d.HasField("dim_value") for shape in shapes for d in shape):
+        raise ValueError(f"how much {node.op_type} would make is not known")
+    return max(math.prod(int(d.dim_value) for d in shape) for shape in shapes)
 
 
 def moved(operator: str, shape: Sequence[int], sides: Sequence[Array | None], axis: int) -> int:

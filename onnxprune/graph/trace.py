@@ -43,6 +43,9 @@ LEAVES = 4096
 GROWN = 1 << 24
 """Elements of what is made larger on its way, in all, before what is stored is taken for too little to prune."""
 
+COMPUTED = 1 << 25
+"""Elements of all constants that are computed, in addition to twice those that are stored."""
+
 
 class Untraceable(Exception):  # noqa: N818  (a finding, not an error)
     """A constant operand that cannot be followed to a stored tensor; the text is the reason a user reads."""
@@ -71,6 +74,8 @@ class Tracer:
         self._height: dict[tuple[int, Scope], int] = {}
         self._traced: dict[tuple[int, Scope], ex.Expression | Untraceable] = {}
         self._computed: dict[tuple[int, Scope], np.ndarray] = {}
+        stored = (v.const_value for graph in model.graphs() for v in graph.initializers.values())
+        self._room = COMPUTED + 2 * sum(int(tensor.size) for tensor in stored if tensor is not None)
         self._scopes: dict[tuple[int, Scope], Scope] = {}
         self._bodies = dict(bodies(model))
 
@@ -217,6 +222,8 @@ class Tracer:
                 raise Untraceable(f"{what}: more than {HEIGHT} operators stand before it")
             try:
                 self._computed[key] = self._evaluate(node, scope)[int(value.index() or 0)]
+            except Untraceable:
+                raise
             except Exception as error:
                 raise Untraceable(f"{what}: {error}") from error
         return self._computed[key]
@@ -402,7 +409,11 @@ class Tracer:
             if attribute.is_ref() and (resolved := scope.attribute(attribute)) is not None:
                 proto.attribute.append(onnx.helper.make_attribute(name, resolved))
         versions = dict((scope.function or self.model.graph).opset_imports) or dict(self.model.graph.opset_imports)
-        return constants.compute(proto, given, versions, GROWN)
+        if self._room < 0:
+            raise ValueError("too many elements are computed before it")
+        results = constants.compute(proto, given, versions, GROWN)
+        self._room -= sum(result.size for result in results)
+        return results
 
     def _walk(self, graph: ir.Graph | ir.Function, scope: Scope) -> Iterator[tuple[ir.Node, Scope]]:
         for node in graph:
