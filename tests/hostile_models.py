@@ -364,6 +364,21 @@ BEARABLE: dict[str, Make] = {
         b=pi(1, 4000),
         w=pi(4, 3),
     ),
+    "a pool of a large constant": grown(
+        "e = Expand(o, s) p = MaxPool<kernel_shape = [3, 3]>(e) m = ReduceMax<keepdims = 0>(p) h = Mul(w, m)",
+        o=pi(1, 1, 1, 1),
+        s=np.array([1, 1, 4000, 4000]),
+        w=pi(4, 3),
+    ),
+    "an RNN over a long constant": grown(
+        "e = Expand(o, s) p = RNN<hidden_size = 1>(e, a, b) m = ReduceMax<keepdims = 0>(p) h = Mul(w, m)",
+        **{name: pi(1, 1, 1) for name in "oab"},
+        s=np.array([1_000_000, 1, 1]),
+        w=pi(4, 3),
+    ),
+    "an Einsum of six vectors": grown(
+        'e = Einsum<equation = "a,b,c,d,e,f->">(v, v, v, v, v, v) h = Mul(w, e)', v=pi(999), w=pi(4, 3)
+    ),
     "a range of 16 bits": lambda folder: write(
         folder,
         parse(

@@ -15,6 +15,25 @@ from onnx import defs, helper, numpy_helper
 
 Array = np.ndarray[Any, Any]
 
+QUICK = {
+    "Abs", "Add", "And", "ArgMax", "ArgMin", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Cast",
+    "CastLike", "Ceil", "Clip", "Compress", "Concat", "ConstantOfShape", "Cos", "CumSum", "DequantizeLinear", "Div",
+    "Equal", "Exp", "Expand", "EyeLike", "Flatten", "Floor", "Gather", "Greater", "GreaterOrEqual", "Identity", "IsInf",
+    "IsNaN", "Less", "LessOrEqual", "Log", "LogSoftmax", "LpNormalization", "Max", "Mean", "Min", "Mod", "Mul", "Neg",
+    "NonZero", "Not", "OneHot", "Or", "Pad", "Pow", "QuantizeLinear", "Range", "Reciprocal", "ReduceL1", "ReduceL2",
+    "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum",
+    "ReduceSumSquare", "Relu", "Reshape", "Round", "Shape", "Sigmoid", "Sign", "Sin", "Size", "Slice", "Softmax",
+    "Softplus", "Split", "Sqrt", "Squeeze", "Sub", "Sum", "Tanh", "Tile", "TopK", "Transpose", "Trilu", "Unique",
+    "Unsqueeze", "Where", "Xor",
+}  # fmt: skip
+"""Operators that are as much work as their operands and results are large."""
+
+SLOW = {"GatherElements", "GatherND", "MatMul", "Gemm", "ScatterElements", "ScatterND"}
+"""Operators that are more; ONNX's reference implementation goes through their elements one by one, or nearly so."""
+
+FEW = 1 << 14
+"""Elements up to which these are computed."""
+
 FEWER = {"Compress", "NonZero", "Unique"}
 """Operators of which ONNX's inference cannot tell how many elements they pick of those they are given."""
 
@@ -36,10 +55,12 @@ def compute(node: onnx.NodeProto, given: Mapping[str, Array], versions: Mapping[
     """
     from onnx.reference import ReferenceEvaluator  # slow to import, and rarely needed
 
-    if node.op_type not in FEWER:
-        made, known = _largest(node, given, versions), sum(array.size for array in given.values())
-        if made > limit and made > 2 * known:
-            raise ValueError(f"{node.op_type} would make {made} elements of {known}")
+    known = sum(array.size for array in given.values())
+    made = 0 if node.op_type in FEWER else _largest(node, given, versions)
+    if made > limit and made > 2 * known:
+        raise ValueError(f"{node.op_type} would make {made} elements of {known}")
+    if not is_computed(node) or (node.op_type in SLOW and known + made > FEW):
+        raise ValueError(f"{node.op_type} is more work than a constant is worth")
     inputs = [onnx.ValueInfoProto(name=name) for name in given]
     outputs = [onnx.ValueInfoProto(name=name) for name in node.output if name]
     graph = helper.make_graph([node], "constant", inputs, outputs)
@@ -48,6 +69,11 @@ def compute(node: onnx.NodeProto, given: Mapping[str, Array], versions: Mapping[
     if any(not isinstance(value, (np.ndarray, np.generic)) for value in values):
         raise TypeError(f"{node.op_type} gives no tensor")
     return [np.asarray(value) for value in values]
+
+
+def is_computed(node: onnx.NodeProto) -> bool:
+    """Whether a node is one whose results are computed before the model runs; a large one may not be."""
+    return node.domain in ("", "ai.onnx") and node.op_type in QUICK | SLOW
 
 
 def _largest(node: onnx.NodeProto, given: Mapping[str, Array], versions: Mapping[str, int]) -> int:

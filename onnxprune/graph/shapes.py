@@ -14,8 +14,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
+from onnxprune.graph.constants import is_computed
 from onnxprune.graph.model import Model, graphs, tensors
-from onnxprune.graph.trace import NONDETERMINISTIC
 
 Shape = tuple[int | None, ...]
 """Sizes; None where one is not known."""
@@ -185,5 +185,4 @@ def _is_small(shape: Shape | None) -> bool:
 
 
 def _is_pure(node: onnx.NodeProto) -> bool:
-    graphs = any(a.HasField("g") or a.graphs for a in node.attribute)
-    return not graphs and node.op_type not in NONDETERMINISTIC and (bool(node.input) or node.op_type == "Constant")
+    return node.op_type == "Constant" or (bool(node.input) and is_computed(node))
