@@ -297,6 +297,11 @@ def test_a_folder_of_somebody_else_stays(tmp_path: Path) -> None:
         (hidden / saving.JOURNAL).write_text(json.dumps(journal))
         saving.tidy(tmp_path)
         assert not hidden.exists()
+    (tmp_path / ".onnxprune-empty").mkdir()  # of a run that was killed before it could lock it
+    hidden.mkdir()
+    (hidden / files.LOCK).touch()
+    (tmp_path / ".onnxprune-also-empty").mkdir()
+    saving.tidy(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([".onnxprune-notes", "sub", *keep])
     assert (tmp_path / "sub" / "x.onnx.data").exists()
     shutil.rmtree(tmp_path / ".onnxprune-notes")

@@ -234,6 +234,25 @@ NETS = [
         12,
     ),
     Net(
+        "a quantised LSTM whose state is not 0",
+        "(float[4,2,6] x, float[1,2,5] s) => (float[1,2,3] y) { m = MatMul(x, w1) p = Add(m, b1) h = Relu(p)"
+        " h0 = Sigmoid(s) v, last = com.microsoft.DynamicQuantizeLSTM<hidden_size = 5>"
+        "(h, w2, r2, b2, , h0, , , sw, zw, sw, zw) y = MatMul(last, w3) }",
+        LSTM,
+        ("w1 8",),
+        {**OUT, "w2": "graph input 's'", "r2": "graph input 's'"},
+    ),
+    Net(
+        "a quantised LSTM whose state is made of what is pruned",
+        "(float[4,2,6] x) => (float[1,2,3] y) { m = MatMul(x, w1) p = Add(m, b1) h = Relu(p)"
+        " f = MatMul(x, w4) t = ReduceMean(f, nought) h0 = Sigmoid(t)"
+        " v, last = com.microsoft.DynamicQuantizeLSTM<hidden_size = 5>"
+        "(h, w2, r2, b2, , h0, , , sw, zw, sw, zw) y = MatMul(last, w3) }",
+        {**LSTM, "w4": (6, 5), "nought": ints(0)},
+        ("w1 8",),
+        {**OUT, **dict.fromkeys(("w2", "r2", "w4"), "the largest entry")},
+    ),
+    Net(
         "quantised LSTM with all it may have",
         "(float[4,2,6] x) => (float[1,2,3] y) { m = MatMul(x, w1) p = Add(m, b1) h = Relu(p)"
         " v, last, cell = com.microsoft.DynamicQuantizeLSTM<hidden_size = 5>"
