@@ -13,6 +13,8 @@ import onnxprune
 from onnxprune import layerwise
 from onnxprune.algorithms import reconstruct
 from onnxprune.algorithms.reconstruct import Moments, choose_ridge, error, refit
+from onnxprune.graph import companions
+from onnxprune.graph.model import load
 from onnxprune.runtime.stream import Stream
 
 
@@ -95,6 +97,11 @@ def test_the_strength_is_the_one_that_generalises():
 def test_without_a_signal_weights_stay():
     dense, keep, x, _ = case(0)
     np.testing.assert_array_equal(refit(dense, dense, keep, sums(x * 0), 0.1), np.where(keep, dense, 0))
+    silent = x * np.array([0.0, 1.0]).reshape(2, 1, 1)  # one group reads nothing, the other one what it did
+    found = refit(dense, dense, keep, sums(silent), 0.1)
+    np.testing.assert_array_equal(found[0], np.where(keep, dense, 0)[0])
+    np.testing.assert_array_equal(found[1], refit(dense, dense, keep, sums(x), 0.1)[1])
+    assert not np.array_equal(found[1], np.where(keep, dense, 0)[1])
 
 
 # ------------------------------------------------------------------------------------------------ through the door
@@ -422,3 +429,15 @@ def test_seeded_bugs_are_caught(monkeypatch, seed):
 
 
 MOMENTS = layerwise.moments
+
+
+@pytest.mark.parametrize("also", ["", ", float[2,3] m"])
+def test_a_product_that_is_given_out_has_no_bias_of_its_own(also):
+    model = parse(
+        f"(float[2,4] x) => (float[2,3] y{also}) {{ m = MatMul(x, w) y = Add(m, b) }}",
+        w=np.ones((4, 3), np.float32),
+        b=np.ones(3, np.float32),
+    )
+    stored = companions.stored(load(model))
+    found = companions.bias(model.graph.node[0], 1, 3, stored, companions.readers(model.graph))
+    assert found == (None if also else companions.Bias("b", 1.0))

@@ -152,6 +152,7 @@ NETS = [
         batch="2",
         length="5",
     ),
+    rows("pool of columns", "z = MaxPool<kernel_shape = [1]>(h)", None, (), {"w1": "MaxPool 'z' pools axis 2"}),
     rows(
         "GRU with all it may have",
         't = Transpose<perm = [1, 0, 2]>(h) r, last = GRU<hidden_size = 4, direction = "bidirectional", clip = 3.0>'
