@@ -12,10 +12,12 @@ import onnx
 import onnx_ir as ir
 import pytest
 from bad_input import HALF, attempt, net, refused
+from hostile_models import laughs
 from nets import parse
 from onnx import TensorProto, numpy_helper
 
 from onnxprune import PruneError, benchmark, evaluate, inspect, prune
+from onnxprune.graph import valid
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +63,17 @@ def test_no_such_file() -> None:
     refused(lambda: prune("model.onnx/more", HALF, "out.onnx"), "model.onnx/more", "give the path")
     refused(lambda: prune("nul\0.onnx", HALF, "out.onnx"), "give the path")
     refused(lambda: prune("x" * 5000, HALF, "out.onnx"), "xxx': File name too long; check its name")
+
+
+@pytest.mark.parametrize("levels", [0, 1, 5])
+def test_how_many_nodes_functions_stand_for(levels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each calls the next one twice; the last one is a node."""
+    laughs(levels)(tmp_path)
+    proto, nodes = onnx.load(tmp_path / "model.onnx"), 3 * 2**levels - 2
+    monkeypatch.setattr(valid, "CALLED", nodes)
+    valid.check_calls(proto, "it")
+    monkeypatch.setattr(valid, "CALLED", nodes - 1)
+    refused(lambda: valid.check_calls(proto, "it"), f"stand for {nodes} nodes, and at most {nodes - 1}")
 
 
 def test_no_regular_file() -> None:

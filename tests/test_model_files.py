@@ -269,6 +269,17 @@ def test_an_onnx_ir_model_with_external_data(tmp_path: Path) -> None:
     assert {name: tree(tmp_path)[name] for name in before} == before
 
 
+def test_external_data_of_a_constant(tmp_path: Path) -> None:
+    model = parse("(float[2, 4] x) => (float[2, 4] y) { k = Constant<value = float[1] {0}>() y = MatMul(x, k) }")
+    model.graph.node[0].attribute[0].t.CopyFrom(numpy_helper.from_array(values(4, 4), "k"))
+    path = write_external(model, tmp_path / "model.onnx", LAYOUTS["one file"])
+    twin = prune(model, HALF)
+    for source in (path, ir.load(path)):
+        result = prune(source, HALF, tmp_path / "pruned.onnx")
+        assert result.masks == twin.masks
+        assert stored(onnx.load(result.path)) == stored(twin.to_proto())
+
+
 def test_external_data_in_a_function_body(tmp_path: Path) -> None:
     model = parse(
         """(float[2, 4] x) => (float[2, 4] y) { y = own.f(x) }

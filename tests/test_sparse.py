@@ -201,6 +201,18 @@ def test_the_break_even(dtype: type, zeros: float) -> None:
         assert graph.ByteSize() <= size
 
 
+def test_what_a_graph_gives_out_stays_dense_beside_others() -> None:
+    zeros = np.zeros(100, np.float32)
+    graph = onnx.GraphProto(initializer=[numpy_helper.from_array(zeros, name) for name in "abc"])
+    graph.output.add(name="b")
+    sparse.compress([graph], None)
+    assert [item.values.name for item in graph.sparse_initializer] == ["a", "c"]
+    assert [tensor.name for tensor in graph.initializer] == ["b"]
+    sparse.densify([graph])
+    sparse.compress([graph], {"a"})
+    assert [item.values.name for item in graph.sparse_initializer] == ["a"]
+
+
 def test_a_tensor_of_zeros_only(tmp_path: Path) -> None:
     model = CASES["MatMul"]
     prune(model, [{"sparsity": 1.0}], tmp_path / "out.onnx", sparse=True)

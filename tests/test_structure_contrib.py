@@ -296,6 +296,13 @@ ATTENTION = [
         channels=32,
     ),
     attention(
+        "groups of queries with a bias of scores",
+        f"{PROJECTED} z = MS.GroupQueryAttention<num_heads = 4, kv_num_heads = 2>(q, k, v, , , last, total, , , , s)",
+        {**GROUPED, "s": (1, 4, 5, 5)},
+        ("w1 8", "wq 2x16 heads"),
+        channels=32,
+    ),
+    attention(
         "groups of queries, turned",
         f"{PROJECTED} z = MS.GroupQueryAttention<num_heads = 4, kv_num_heads = 2, do_rotary = 1>"
         "(q, k, v, , , last, total, cos, sin)",
