@@ -267,7 +267,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "data behind a linked folder": (through_a_folder, "outside the model's folder"),
     "data in a pipe": (pipe, "no regular file"),
     "data of a Constant outside": (in_a_constant, "outside the model's folder"),
-    "sparse data outside": (sparse_outside, "export it again|another file|outside"),
+    "sparse data outside": (sparse_outside, "outside the model's folder"),
     "data missing": (external("w.bin", None), "missing"),
     "an offset beyond the file": (external("w.bin", 48, offset=2**40), "needs 48 bytes at offset"),
     "a negative offset": (external("w.bin", 48, offset=-(2**20)), "needs 48 bytes at offset"),

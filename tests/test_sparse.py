@@ -14,7 +14,7 @@ from nets import feeds, parse
 from onnx import TensorProto, numpy_helper
 
 from onnxprune import PruneError, inspect, prune
-from onnxprune.graph import sparse
+from onnxprune.graph import saving, sparse
 from onnxprune.graph.model import load
 
 LEVEL = [{"sparsity": 0.9}]
@@ -211,6 +211,31 @@ def test_what_a_graph_gives_out_stays_dense_beside_others() -> None:
     sparse.densify([graph])
     sparse.compress([graph], {"a"})
     assert [item.values.name for item in graph.sparse_initializer] == ["a"]
+
+
+def test_more_than_one_file_can_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is sparse goes to another file as well; onnxruntime finds it there, and here it is refused."""
+    model = parse(
+        "(float[2, 128] x) => (float[2, 128] y) { h = MatMul(x, w) y = MatMul(h, v) }",
+        w=dense(128, 128),
+        v=dense(128, 128),
+    )
+    config = [{"sparsity": 0.9}]
+    monkeypatch.setattr(saving, "PROTOBUF_LIMIT", 30_000)
+    prune(model, config, tmp_path / "out.onnx", sparse=True)
+    found = onnx.load(tmp_path / "out.onnx", load_external_data=False).graph
+    assert [len(found.initializer), len(found.sparse_initializer)] == [0, 2]
+    assert os.path.getsize(tmp_path / "out.onnx") < 2000
+    with pytest.raises(
+        PruneError, match=r"sparse initializer '[vw]' .* keeps its data in another file \('out.onnx.data'\)"
+    ):
+        inspect(tmp_path / "out.onnx")
+    given = {"x": dense(2, 128)}
+    outputs = [
+        onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]).run(None, given)[0]
+        for file in (tmp_path / "out.onnx", prune(model, config).to_proto().SerializeToString())
+    ]
+    assert outputs[0].tobytes() == outputs[1].tobytes()
 
 
 def test_a_tensor_of_zeros_only(tmp_path: Path) -> None:

@@ -152,6 +152,15 @@ NETS = [
         batch="2",
         length="5",
     ),
+    rows(
+        "entries of long rows",
+        "z = GatherElements<axis = 1>(h, at)",
+        {"at": np.tile(np.arange(5)[:, None], (2, 1, 300))},
+        ("w1 300",),
+        width=300,
+        batch="2",
+        length="5",
+    ),
     rows("pool of columns", "z = MaxPool<kernel_shape = [1]>(h)", None, (), {"w1": "MaxPool 'z' pools axis 2"}),
     rows(
         "GRU with all it may have",
