@@ -120,6 +120,22 @@ def test_all_dead_leaves_one():
     assert [(g.size, g.kept) for g in result.report.groups] == [(8, 1)]
 
 
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("align", [1, 4])
+def test_groups_of_outputs_lose_equally_many(seed, align):
+    """Some dead channels stay, no live one goes, and no more stay than that takes."""
+    rng = np.random.default_rng(seed)
+    groups = rng.permutation(24).reshape(3, 8)
+    places = rng.permutation(24)  # channel -> output
+    gone = rng.random(24) < rng.random()
+    before = gone.copy()
+    compact._even(gone, places, groups, align)
+    live = [int(np.isin(places, members)[~gone].sum()) for members in groups]
+    assert not (gone & ~before).any()
+    most = max(int(np.isin(places, members)[~before].sum()) for members in groups)
+    assert live == [min(-(-most // align) * align, 8)] * 3
+
+
 def test_counts_can_be_kept_aligned():
     result = onnxprune.prune(net("gemm", dead=(0, 1, 2)), DENSE, compact=True, align=4)
     assert [(g.size, g.kept) for g in result.report.groups] == [(8, 8)]
