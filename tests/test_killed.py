@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
@@ -11,6 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import onnx
 import pytest
@@ -259,6 +261,32 @@ def _tensors(path: Path) -> list[list[onnx.StringStringEntryProto]]:
 
     proto = onnx.load(path, load_external_data=False)
     return [[entry for entry in t.external_data if entry.key == "location"] for _, t in tensors(proto)]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_folder_that_is_cleared_away_before_it_is_locked(
+    at_once: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run may come between; it takes the folder for one that was left, and a new one is made."""
+    lock, clearing, seen = files.fcntl.flock, contextlib.ExitStack(), []
+
+    def late(file: IO[bytes], how: int) -> None:
+        if not seen:
+            seen.append(file)
+            seen.extend(clearing.enter_context(files.left(tmp_path)))
+            if at_once:
+                clearing.close()
+        lock(file, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    with files.staging(tmp_path / "out.onnx") as folder:
+        assert [folder.is_dir(), len(seen)] == [True, 2]
+        clearing.close()
+        assert folder not in seen
+        assert [path.name for path in folder.iterdir()] == [files.LOCK]
+        with files.left(tmp_path) as found:
+            assert not found
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_goes_on_is_left_alone(tmp_path: Path) -> None:

@@ -67,10 +67,21 @@ def _folder(parent: Path | None) -> tuple[Path, IO[bytes]]:
         except BaseException:
             _remove(folder)
             raise
-        if fcntl is not None:
-            with contextlib.suppress(OSError):  # some network file systems have no locks
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return folder, lock
+        if _lock(lock) and (folder / LOCK).exists():
+            return folder, lock
+        lock.close()  # another run took it for one that was left before it was locked
+
+
+def _lock(file: IO[bytes]) -> bool:
+    """Whether a file could be locked, or there are no locks; False where somebody else has locked it."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # some network file systems have no locks
+            pass
+    return True
 
 
 def _remove(folder: Path) -> None:
