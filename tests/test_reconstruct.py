@@ -431,13 +431,14 @@ def test_seeded_bugs_are_caught(monkeypatch, seed):
 MOMENTS = layerwise.moments
 
 
+@pytest.mark.parametrize("constant", [False, True])
 @pytest.mark.parametrize("also", ["", ", float[2,3] m"])
-def test_a_product_that_is_given_out_has_no_bias_of_its_own(also):
-    model = parse(
-        f"(float[2,4] x) => (float[2,3] y{also}) {{ m = MatMul(x, w) y = Add(m, b) }}",
-        w=np.ones((4, 3), np.float32),
-        b=np.ones(3, np.float32),
+def test_a_product_that_is_given_out_has_no_bias_of_its_own(also, constant):
+    made, stored = (
+        ("c = Constant<value = float[3] {1, 2, 3}>()", {}) if constant else ("", {"c": np.ones(3, np.float32)})
     )
-    stored = companions.stored(load(model))
-    found = companions.bias(model.graph.node[0], 1, 3, stored, companions.readers(model.graph))
-    assert found == (None if also else companions.Bias("b", 1.0))
+    text = f"(float[2,4] x) => (float[2,3] y{also}) {{ {made} m = MatMul(x, w) y = Add(m, c) }}"
+    model = parse(text, w=np.ones((4, 3), np.float32), **stored)
+    tensors, product = companions.stored(load(model)), next(n for n in model.graph.node if n.op_type == "MatMul")
+    found = companions.bias(product, 1, 3, tensors, companions.readers(model.graph))
+    assert found == (None if also else companions.Bias("c", 1.0))
