@@ -396,3 +396,11 @@ def test_floats_that_cancel_are_held_to_their_own_rounding(monkeypatch: pytest.M
     tensor.CopyFrom(numpy_helper.from_array(np.concatenate([rows[1:2], rows[:1], rows[2:]]), tensor.name))
     with pytest.raises(PruneError, match="differs from the masked one"):
         plan.check(open_proto(proto, None, None))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, np.int8, np.uint8])
+def test_which_models_are_coarse(dtype: type) -> None:
+    """Those that store anything of 8 or 16 bits: what rounding can explain is more there."""
+    model = parse("(float[2,3] x) => (float[2,4] y) { y = MatMul(x, w) }", w=np.ones((3, 4), np.float32))
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros(3, dtype), "also"))
+    assert verify._is_coarse(load(model)) == (np.dtype(dtype).itemsize < 4)
