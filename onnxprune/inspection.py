@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import onnx_ir as ir
 from onnxprune import progress
 from onnxprune.graph import macs, values
 from onnxprune.graph.model import Model, ModelSource, load
+from onnxprune.graph.tensors import stored_tensors
 from onnxprune.graph.weights import FLOATS, INTEGERS, Skipped, Weight, find
 from onnxprune.graph.wire import OWN
 from onnxprune.runtime import feeds
@@ -229,7 +230,7 @@ def _count_parameters(model: Model, weights: Sequence[Weight], zeros: Mapping[st
     """Parameters, and those that are not 0."""
     in_roles = {id(weight.leaf.value): zeros[weight.name] for weight in weights}
     total = gone = 0
-    for value, tensor in _stored(model.graph):
+    for value, tensor in stored_tensors(model.graph):
         if tensor.dtype in PARAMETERS:
             size = int(tensor.size)
             total += size
@@ -242,18 +243,6 @@ def _zeros(model: Model, tensor: ir.TensorProtocol) -> int:
     if extent is None or tensor.dtype not in FLOATS:
         return int(tensor.size) - int(np.count_nonzero(model.read(tensor)))
     return values.zeros(values.Values((int(tensor.size),), (0,), np.dtype(tensor.dtype.numpy()), extent))
-
-
-def _stored(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
-    """Initializers and Constant nodes' tensors, at any depth."""
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            if value.const_value is not None:
-                yield value, value.const_value
-        for node in graph:
-            tensor = node.attributes.get("value")
-            if node.op_type == "Constant" and tensor is not None and isinstance(tensor.value, ir.TensorProtocol):
-                yield node.outputs[0], tensor.value
 
 
 def _model_input(value: ir.Value, graph: ir.Graph) -> ModelInput:

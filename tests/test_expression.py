@@ -11,7 +11,7 @@ from nets import parse, run
 from onnx import helper, numpy_helper
 from test_backend_cases import cases
 
-from onnxprune.graph import constants
+from onnxprune.graph import constants, trace
 from onnxprune.graph import expression as ex
 from onnxprune.graph.model import load
 from onnxprune.graph.weights import find
@@ -231,13 +231,13 @@ def test_how_much_a_node_makes_is_known_before():
     """Of ONNX's own cases: exactly, or more, or it is not known; where less was told, a file could ask for anything."""
     said = Counter()
     for model, inputs, outputs in cases().values():
-        node, versions = model.graph.node[0], {o.domain: o.version for o in model.opset_import}
+        node = model.graph.node[0]
         tensors = all(isinstance(x, np.ndarray | np.generic) and x.dtype != object for x in (*inputs, *outputs))
-        if len(model.graph.node) > 1 or any(a.HasField("g") for a in node.attribute) or not tensors:
+        if len(model.graph.node) > 1 or node.domain or any(a.HasField("g") for a in node.attribute) or not tensors:
             continue
         given = {value.name: np.asarray(x) for value, x in zip(model.graph.input, inputs, strict=False)}
         try:
-            made = constants._largest(node, given, versions)
+            made = constants._largest(node, given, model.opset_import[0].version)
         except Exception:
             said[node.op_type, "unknown"] += 1
             continue
@@ -247,6 +247,21 @@ def test_how_much_a_node_makes_is_known_before():
     unknown = {op for op, what in said if what == "unknown"}
     assert sum(count for (_, what), count in said.items() if what == "known") > 1000
     assert unknown == constants.FEWER | UNKNOWN
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_room_for_constants_grows_with_what_is_stored(constant, monkeypatch):
+    """In initializers or in Constant nodes: twice as many elements may be computed, and one result more."""
+    monkeypatch.setattr(trace, "COMPUTED", 0)
+    made = "v = Constant<value = float[3] {1, 2, 3}>()" if constant else ""
+    for steps, names in ((4, ["w"]), (5, [])):
+        chain = " ".join(f"v{i + 1} = Add(v{i}, v)" for i in range(steps))
+        text = (
+            f"(float[2,1] x) => (float[2,3] y) {{ {made} v0 = Neg(v) {chain} h = Mul(w, v{steps}) y = MatMul(x, h) }}"
+        )
+        stored = {} if constant else {"v": np.array([1, 2, 3], np.float32)}
+        model = parse(text, w=np.ones((1, 3), np.float32), **stored)
+        assert [weight.name for weight in find(load(model))[0]] == names, steps
 
 
 def test_attribute_forms_of_early_operator_sets():

@@ -55,12 +55,14 @@ def compute(node: onnx.NodeProto, given: Mapping[str, Array], versions: Mapping[
     """
     from onnx.reference import ReferenceEvaluator  # slow to import, and rarely needed
 
+    if not is_computed(node):
+        raise ValueError(f"{node.op_type} may be more work than a constant is worth")
     known = sum(array.size for array in given.values())
-    made = 0 if node.op_type in FEWER else _largest(node, given, versions)
+    made = 0 if node.op_type in FEWER else _largest(node, given, versions.get("", 1))
     if made > limit and made > 2 * known:
         raise ValueError(f"{node.op_type} would make {made} elements of {known}")
-    if not is_computed(node) or (node.op_type in SLOW and known + made > FEW):
-        raise ValueError(f"{node.op_type} is more work than a constant is worth")
+    if node.op_type in SLOW and known + made > FEW:
+        raise ValueError(f"{node.op_type} of {known} elements is more work than a constant is worth")
     inputs = [onnx.ValueInfoProto(name=name) for name in given]
     outputs = [onnx.ValueInfoProto(name=name) for name in node.output if name]
     graph = helper.make_graph([node], "constant", inputs, outputs)
@@ -76,8 +78,8 @@ def is_computed(node: onnx.NodeProto) -> bool:
     return node.domain in ("", "ai.onnx") and node.op_type in QUICK | SLOW
 
 
-def _largest(node: onnx.NodeProto, given: Mapping[str, Array], versions: Mapping[str, int]) -> int:
-    """Elements of a node's largest result, or more.
+def _largest(node: onnx.NodeProto, given: Mapping[str, Array], version: int) -> int:
+    """Elements of the largest result of a node of ai.onnx, or more.
 
     Raises:
         Exception: that is not known, or the node is none of its operator.
@@ -88,10 +90,9 @@ def _largest(node: onnx.NodeProto, given: Mapping[str, Array], versions: Mapping
     }
     small = {name: array for name, array in given.items() if array.size <= TOLD}
     data = {name: numpy_helper.from_array(np.asarray(array, order="C"), name) for name, array in small.items()}
-    domain = "" if node.domain == "ai.onnx" else node.domain
     found = onnx.shape_inference.infer_node_outputs(
-        defs.get_schema(node.op_type, versions.get(domain, 1), domain), node, types, data,
-        opset_imports=[helper.make_opsetid(domain, versions.get(domain, 1))], ir_version=10,
+        defs.get_schema(node.op_type, version, ""), node, types, data,
+        opset_imports=[helper.make_opsetid("", version)], ir_version=10,
     )  # fmt: skip
     shapes = [kind.tensor_type.shape.dim for kind in found.values() if kind.tensor_type.HasField("shape")]
     if len(shapes) < sum(map(bool, node.output)) or not all(d.HasField("dim_value") for shape in shapes for d in shape):

@@ -48,6 +48,18 @@ def tensors(proto: onnx.ModelProto) -> Iterator[TensorProto]:
                     yield attribute.sparse_tensor.indices
 
 
+def stored_tensors(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
+    """Initializers and Constant nodes' tensors, at any depth."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                yield value, value.const_value
+        for node in graph:
+            tensor = node.attributes.get("value")
+            if node.op_type == "Constant" and tensor is not None and isinstance(tensor.value, ir.TensorProtocol):
+                yield node.outputs[0], tensor.value
+
+
 def external_tensors(proto: onnx.ModelProto) -> Iterator[TensorProto]:
     """The tensors whose data lies in other files."""
     return (t for t in tensors(proto) if t.data_location == TensorProto.EXTERNAL)

@@ -20,6 +20,7 @@ from onnxprune.graph import expression as ex
 from onnxprune.graph.loops import bodies, unchanged_state
 from onnxprune.graph.roles import CONTRIB, Role
 from onnxprune.graph.scope import MAIN, Scope
+from onnxprune.graph.tensors import stored_tensors
 
 NONDETERMINISTIC = {"RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout"}
 
@@ -74,8 +75,7 @@ class Tracer:
         self._height: dict[tuple[int, Scope], int] = {}
         self._traced: dict[tuple[int, Scope], ex.Expression | Untraceable] = {}
         self._computed: dict[tuple[int, Scope], np.ndarray] = {}
-        stored = (v.const_value for graph in model.graphs() for v in graph.initializers.values())
-        self._room = COMPUTED + 2 * sum(int(tensor.size) for tensor in stored if tensor is not None)
+        self._room = COMPUTED + 2 * sum(int(tensor.size) for _, tensor in stored_tensors(model))
         self._scopes: dict[tuple[int, Scope], Scope] = {}
         self._bodies = dict(bodies(model))
 

@@ -18,7 +18,6 @@ from onnx import TensorProto, defs, helper, numpy_helper
 
 from onnxprune.graph import constants
 from onnxprune.graph.shapes import SMALL
-from onnxprune.graph.trace import NONDETERMINISTIC
 
 Shape = tuple[int, ...]
 STANDARD_DOMAINS = ("", "ai.onnx")
@@ -151,8 +150,11 @@ class _Walk:
         self.facts.types[name] = helper.np_dtype_to_tensor_dtype(content.dtype)
 
     def _is_settled(self, node: onnx.NodeProto) -> bool:
-        pure = node.domain in STANDARD_DOMAINS and node.op_type not in NONDETERMINISTIC and bool(node.input)
-        return pure and all(name in self.facts.contents for name in node.input if name)
+        return (
+            constants.is_computed(node)
+            and bool(node.input)
+            and all(name in self.facts.contents for name in node.input if name)
+        )
 
     def _compute(self, node: onnx.NodeProto) -> bool:
         """Whether a node of small settled inputs could be computed."""
